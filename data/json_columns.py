@@ -8,9 +8,9 @@ samples or lists by language in all.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
-from vlm.data.samples import UNNAMED, Captions
+from vlm.data.samples import UNNAMED, Captions, DroppedValue, Words
 
 # an object with more keys than this is a map of its own, such as scores by name, and no set of columns
 MAX_KEYS = 1000
@@ -18,48 +18,6 @@ MAX_KEYS = 1000
 _MAX_EXACT = 2**53
 # columns that lost values are named up to so many
 _NUM_NAMED = 5
-
-
-class DroppedValue(NamedTuple):
-    """A value of a row that is not packed, because an earlier row of the same image has another one.
-
-    row: where it stands, as a person finds it.
-    """
-
-    image: str
-    row: str
-    column: str
-    value: Any
-    first_value: Any
-
-
-class DroppedValues(NamedTuple):
-    """Those of an image: the column of each, of how many rows they are, and the first."""
-
-    columns: list[str]
-    num_rows: int
-    first: DroppedValue
-
-
-class Words(NamedTuple):
-    """What a sample says beside its image; dropped: what it said that finds no place."""
-
-    captions: Captions
-    metadata: dict[str, Any]
-    dropped: DroppedValues | None = None
-
-
-@runtime_checkable
-class WordedSource(Protocol):
-    """A source that tells the captions and metadata of a pair without reading the image."""
-
-    def words(self, number: int) -> Words:
-        """Those of pair `number`.
-
-        Raises:
-            BadSample: it cannot be used.
-        """
-        ...
 
 
 @dataclass

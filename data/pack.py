@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from vlm.console import list_counts, pluralize, progress, track
 from vlm.data.decode import open_image, packable_formats, to_rgb
 from vlm.data.dedup import rgb_thumbnail
-from vlm.data.json_columns import JsonColumns, WordedSource, Words
+from vlm.data.json_columns import JsonColumns
 from vlm.data.npy_files import npy_bytes
-from vlm.data.samples import REPLACEMENT_CHARACTER, Captions, Pair, select_languages
+from vlm.data.samples import REPLACEMENT_CHARACTER, Captions, Pair, WordedSource, Words, select_languages
 from vlm.data.shards import expand_shards, shards_fingerprint
 from vlm.data.sources.source import NamedSource, PairSource
 from vlm.data.sources.source_registry import Recognition, holds_shards, open_source

@@ -1,14 +1,14 @@
-"""Samples: a pair on its way into a shard, a sample on its way out, its captions and tags, its random numbers.
+"""Samples: a pair on its way into a shard, a sample on its way out, its captions, tags and arrays, its random numbers.
 
 Every random choice about a sample comes from `SampleRng`, a pure function of the visit, so that neither the number of
 workers nor a resumed run changes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from struct import Struct
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -40,6 +40,57 @@ class Pair:
     captions: Captions
     metadata: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class DroppedValue(NamedTuple):
+    """A value of a row that is not packed, because an earlier row of the same image has another one.
+
+    row: where it stands, as a person finds it.
+    """
+
+    image: str
+    row: str
+    column: str
+    value: Any
+    first_value: Any
+
+
+class DroppedValues(NamedTuple):
+    """Those of an image: the column of each, of how many rows they are, and the first."""
+
+    columns: list[str]
+    num_rows: int
+    first: DroppedValue
+
+
+class Words(NamedTuple):
+    """What a sample says beside its image; dropped: what it said that finds no place."""
+
+    captions: Captions
+    metadata: dict[str, Any]
+    dropped: DroppedValues | None = None
+
+
+@runtime_checkable
+class WordedSource(Protocol):
+    """A source that tells the captions and metadata of a pair without reading the image."""
+
+    def words(self, number: int) -> Words:
+        """Those of pair `number`.
+
+        Raises:
+            BadSample: it cannot be used.
+        """
+        ...
+
+
+def without_captions(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a sample without its captions, which shards keep under names of their own."""
+    others: dict[str, Any] = {}
+    for name, value in metadata.items():
+        if name not in ("caption", "captions") and not name.startswith("captions_"):
+            others[name] = value
+    return others
 
 
 class Sample(NamedTuple):

@@ -12,8 +12,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vlm.data.json_columns import Words
-from vlm.data.samples import UNNAMED, Pair
+from vlm.data.samples import UNNAMED, Pair, Words
 from vlm.data.sources.delimited import decode_text
 from vlm.data.sources.image_folder import has_words_beside
 from vlm.data.sources.image_names import ImageFinder, image_names

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from vlm.data.json_columns import Words
-from vlm.data.samples import UNNAMED, Captions, Pair, parse_captions, split_lines
+from vlm.data.samples import UNNAMED, Captions, Pair, Words, parse_captions, split_lines, without_captions
 from vlm.data.sources.delimited import decode_text
 from vlm.data.sources.image_names import image_names
-from vlm.data.sources.source import SourceFiles, SourceOptions, readable_text, without_captions
+from vlm.data.sources.source import SourceFiles, SourceOptions, readable_text
 from vlm.data.sources.table import CAPTION_COLUMNS, unique_image_keys
 from vlm.errors import BadSample, UsageError
 from vlm.files import compute_fingerprint

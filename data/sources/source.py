@@ -4,7 +4,7 @@ import io
 import os
 import re
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,8 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, Protocol, runtime_checkable
 
 from vlm.config import suggest
-from vlm.data.json_columns import WordedSource, Words
-from vlm.data.samples import Pair
+from vlm.data.samples import Pair, WordedSource, Words
 from vlm.data.tar import Span, read_entries
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import compute_fingerprint
@@ -344,15 +343,6 @@ def folder_of(name: str) -> str:
     """The folder of a file by its name in a source; empty at the top."""
     parent = str(PurePosixPath(name).parent)
     return "" if parent == "." else parent
-
-
-def without_captions(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of a sample without its captions, which shards keep under names of their own."""
-    others: dict[str, Any] = {}
-    for name, value in metadata.items():
-        if name not in ("caption", "captions") and not name.startswith("captions_"):
-            others[name] = value
-    return others
 
 
 def readable_text(name: str) -> str:

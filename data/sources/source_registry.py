@@ -16,8 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from vlm.console import list_counts, pluralize
-from vlm.data.json_columns import Words
-from vlm.data.samples import Pair
+from vlm.data.samples import Pair, Words
 from vlm.data.selection import read_selection
 from vlm.data.shards import expand_shards
 from vlm.data.sources.caption_files import (

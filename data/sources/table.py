@@ -11,8 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vlm.config import suggest
-from vlm.data.json_columns import DroppedValue, DroppedValues, Words
-from vlm.data.samples import UNNAMED, Captions, Pair, parse_captions
+from vlm.data.samples import UNNAMED, Captions, DroppedValue, DroppedValues, Pair, Words, parse_captions
 from vlm.data.sources.delimited import image_of_caption
 from vlm.data.sources.image_names import ImageFinder, is_web_address
 from vlm.data.sources.rows import Rows, read_rows

@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.json_columns import Words
-from vlm.data.samples import Captions, Pair, split_lines
+from vlm.data.samples import Captions, Pair, Words, split_lines, without_captions
 from vlm.data.selection import Selection
 from vlm.data.shard_cache import Inflater
 from vlm.data.shards import count_samples, shards_fingerprint
 from vlm.data.sources.image_names import IMAGE_SUFFIXES
-from vlm.data.sources.source import without_captions
 from vlm.data.sources.table import unique_keys
 from vlm.data.tar import ShardReader, open_index, read_entries
 from vlm.errors import BadSample, VlmError

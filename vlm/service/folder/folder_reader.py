@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image
 
 from vlm.data.photo_formats import read_photo
-from vlm.data.samples import Captions
+from vlm.data.samples import Captions, without_captions
 from vlm.data.sources.image_folder import captions_beside, has_words_beside, metadata_beside
-from vlm.data.sources.source import without_captions
 from vlm.errors import BadSample
 from vlm.files import content_digest
 from vlm.service.folder.folder_scan import UNSETTLED, FileStamp, FolderScan, is_unsettled
