@@ -18,7 +18,8 @@ import numpy as np
 
 from vlm.data.corpus import Corpus
 from vlm.data.sample_relations import SampleRelations, ShardRelations
-from vlm.data.sampler import LruCache, SampleIndex, SampleOrder
+from vlm.data.sampler import LruCache, SampleOrder
+from vlm.data.samples import SampleIndex
 from vlm.data.shard_cache import ShardCache
 from vlm.errors import UsageError
 from vlm.files import compute_fingerprint

@@ -19,8 +19,8 @@ from vlm.data.decode import EncodedImage
 from vlm.data.gpu_decode import PreparedView, prepare_view
 from vlm.data.loader import stream_batches
 from vlm.data.precomputed_features import CachedFeatures, PrecomputedFeatures
-from vlm.data.sampler import BatchIndices, BatchSampler, SampleIndex, SequentialBatches
-from vlm.data.samples import Captions, RandomSource, Sample, SampleRng, shuffled
+from vlm.data.sampler import BatchIndices, BatchSampler, SequentialBatches
+from vlm.data.samples import Captions, RandomSource, Sample, SampleIndex, SampleRng, shuffled
 from vlm.data.shards import ShardSet, count_samples
 from vlm.data.tokenizers import Tokenizer, trim_tokens
 from vlm.data.transforms import Crop, EvalTransform, LocalCrops, RandomResizedCrop

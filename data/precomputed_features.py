@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from vlm.data.caption_sampler import SampledCaption
-from vlm.data.sampler import SampleIndex
-from vlm.data.samples import RandomSource, Sample, random_below
+from vlm.data.samples import RandomSource, Sample, SampleIndex, random_below
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.tensor_types import Array, Float, Tensor
 

@@ -28,8 +28,8 @@ from vlm.data.caption_sampler import CaptionSampler
 from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.decode import EncodedImage, open_image
 from vlm.data.loader import stream_batches
-from vlm.data.sampler import BatchSampler, SampleIndex, SampleOrder
-from vlm.data.samples import Sample, SampleRng
+from vlm.data.sampler import BatchSampler, SampleOrder
+from vlm.data.samples import Sample, SampleIndex, SampleRng
 from vlm.data.shards import Collator, ShardSet, count_samples
 from vlm.data.tar import Span, TarIndex, open_index, read_entries
 from vlm.data.tokenizers import Tokenizer

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlm.data.collate import TrainingBatch
-from vlm.data.sampler import SampleIndex
+from vlm.data.samples import SampleIndex
 
 MAX_FAILURES = 1000
 """Failures kept by name in a ledger, which goes into every checkpoint."""

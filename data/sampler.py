@@ -14,10 +14,11 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate, groupby
 from math import gcd, lcm
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from vlm.data.samples import SampleIndex
 from vlm.errors import UsageError
 
 DEFAULT_WINDOW = 1 << 16
@@ -26,18 +27,6 @@ _CACHED_WINDOWS = 4
 _CACHED_SHARDS = 256
 
 Value = TypeVar("Value")
-
-
-class SampleIndex(NamedTuple):
-    """One visit of a sample: in which epoch of its source, from which shard, which number in it.
-
-    repeat: which visit of this sample in the epoch, from 0; a selection may ask for several.
-    """
-
-    epoch: int
-    shard: int
-    number: int
-    repeat: int = 0
 
 
 class BatchIndices(list[SampleIndex]):

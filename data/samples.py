@@ -4,6 +4,8 @@ Every random choice about a sample comes from `SampleRng`, a pure function of th
 workers nor a resumed run changes it.
 """
 
+import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -101,6 +103,18 @@ class Sample(NamedTuple):
     captions: Captions
     metadata: dict[str, Any]
     arrays: dict[str, np.ndarray]
+
+
+class SampleIndex(NamedTuple):
+    """One visit of a sample: in which epoch of its source, from which shard, which number in it.
+
+    repeat: which visit of this sample in the epoch, from 0; a selection may ask for several.
+    """
+
+    epoch: int
+    shard: int
+    number: int
+    repeat: int = 0
 
 
 def parse_captions(text: str | None, metadata: dict[str, Any]) -> Captions:
@@ -243,3 +257,20 @@ def parse_tags(metadata: dict[str, Any]) -> tuple[str, ...]:
     if isinstance(raw, str):
         raw = raw.split(",")
     return _texts(raw) if isinstance(raw, list) else ()
+
+
+def parse_npy(data: bytes, name: str) -> np.ndarray:
+    """An array from the bytes of an .npy file that nobody vouches for; its header is checked before memory is allocated."""
+    try:
+        file = io.BytesIO(data)
+        read_header = _NPY_HEADERS[np.lib.format.read_magic(file)]
+        shape, is_fortran, dtype = read_header(file)
+        rest = memoryview(data)[file.tell() :]
+        if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(rest):
+            raise ValueError(f"{dtype} of shape {shape} in {len(rest):,} bytes")
+        return np.frombuffer(rest, dtype).reshape(shape, order="F" if is_fortran else "C").copy()
+    except Exception as error:  # numpy evaluates the header, and raises whatever that stumbles over
+        raise BadSample("unreadable array", f"{name}: {error}") from error
+
+
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

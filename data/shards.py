@@ -15,8 +15,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from vlm.console import track
-from vlm.data.sampler import SampleIndex
-from vlm.data.samples import Sample
+from vlm.data.samples import Sample, SampleIndex
 from vlm.data.shard_cache import Prefetcher, ShardCache, default_cache
 from vlm.data.tar import ShardReader, TarIndex, open_index
 from vlm.errors import UsageError, VlmError

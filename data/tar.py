@@ -22,8 +22,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, cast, runtime_checkable
 import numpy as np
 import pyarrow as pa
 
-from vlm.data.npy_files import parse_npy
-from vlm.data.samples import Captions, Sample, parse_captions
+from vlm.data.samples import Captions, Sample, parse_captions, parse_npy
 from vlm.data.shard_cache import ShardCache, default_cache
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import atomic_write, compute_fingerprint

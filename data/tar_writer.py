@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from vlm.data.npy_files import npy_bytes
+import numpy as np
+
 from vlm.data.shard_cache import ShardCache
 from vlm.data.tar import Arrays, Member, open_index, open_tar, read_entries
 from vlm.storage import file_identity, local_path
@@ -114,3 +115,10 @@ def _tar_entry(name: str, size: int) -> tarfile.TarInfo:
     entry = tarfile.TarInfo(name)
     entry.size = size
     return entry
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """An array as an .npy file."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()

@@ -23,8 +23,7 @@ import torch
 from vlm.data.collate import SampleFailure, sample_failure
 from vlm.data.decode import EncodedImage
 from vlm.data.precomputed_features import PrecomputedFeatures, view_rng
-from vlm.data.sampler import SampleIndex
-from vlm.data.samples import Sample
+from vlm.data.samples import Sample, SampleIndex
 from vlm.data.shards import ShardSet
 from vlm.data.transforms import EvalTransform, RandomResizedCrop
 from vlm.errors import BadSample, UsageError

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from vlm.data.decode import EncodedImage
-from vlm.data.sampler import SampleIndex
-from vlm.data.samples import SampleRng
+from vlm.data.samples import SampleIndex, SampleRng
 from vlm.data.shards import ShardSet, count_samples
 from vlm.data.transforms import RandomResizedCrop
 from vlm.index.embeddings_folder import (

@@ -13,8 +13,8 @@ from vlm.data.caption_sampler import SampledCaption
 from vlm.data.collate import TrainingCollator
 from vlm.data.pack import encode_pair
 from vlm.data.precomputed_features import PrecomputedFeatures, view_rng
-from vlm.data.sampler import BatchSampler, SampleIndex, SampleOrder
-from vlm.data.samples import Pair
+from vlm.data.sampler import BatchSampler, SampleOrder
+from vlm.data.samples import Pair, SampleIndex
 from vlm.data.shards import ShardSet
 from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import VlmError

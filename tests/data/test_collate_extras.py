@@ -13,8 +13,8 @@ from vlm.data.collate import TrainingCollator
 from vlm.data.decode import EncodedImage, open_image, to_rgb
 from vlm.data.loader import stream_batches
 from vlm.data.pack import encode_pair
-from vlm.data.sampler import BatchSampler, SampleIndex, SampleOrder
-from vlm.data.samples import Pair, SampleRng
+from vlm.data.sampler import BatchSampler, SampleOrder
+from vlm.data.samples import Pair, SampleIndex, SampleRng
 from vlm.data.shards import ShardSet
 from vlm.data.transforms import LocalCrops, RandomResizedCrop
 from vlm.errors import UsageError

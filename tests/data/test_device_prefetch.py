@@ -14,7 +14,8 @@ from vlm.data.device_prefetch import DevicePrefetcher, decode_batch
 from vlm.data.gpu_decode import PreparedView
 from vlm.data.loader import stream_batches
 from vlm.data.sample_ledger import Ledger, sum_counts
-from vlm.data.sampler import BatchSampler, SampleIndex, SampleOrder
+from vlm.data.sampler import BatchSampler, SampleOrder
+from vlm.data.samples import SampleIndex
 from vlm.data.transforms import Crop, RandomResizedCrop
 from vlm.errors import VlmError
 

@@ -3,7 +3,7 @@ import torch
 
 from vlm.data.collate import SampleFailure, TrainingBatch
 from vlm.data.sample_ledger import MAX_FAILURES, Ledger, sum_counts
-from vlm.data.sampler import SampleIndex
+from vlm.data.samples import SampleIndex
 
 
 def batch(pairs, failures=()):

@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from vlm.data.collate import EvalBatch, EvalCollator, SampleFailure, TrainingBatch, TrainingCollator
 from vlm.data.loader import stream_batches
-from vlm.data.sampler import BatchSampler, SampleIndex, SequentialBatches
-from vlm.data.samples import Captions, select_languages
+from vlm.data.sampler import BatchSampler, SequentialBatches
+from vlm.data.samples import Captions, SampleIndex, select_languages
 from vlm.data.shards import BatchPlan, Collator
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import EvalTransform

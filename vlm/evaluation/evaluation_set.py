@@ -16,9 +16,8 @@ from PIL import Image
 
 from vlm.config import suggest
 from vlm.data.decode import open_image, to_rgb
-from vlm.data.npy_files import parse_npy
-from vlm.data.sampler import SampleIndex, SequentialBatches
-from vlm.data.samples import Captions, WordedSource, split_lines
+from vlm.data.sampler import SequentialBatches
+from vlm.data.samples import Captions, SampleIndex, WordedSource, parse_npy, split_lines
 from vlm.data.shards import ShardSet, batches_by_threads, count_samples, expand_shards, shards_fingerprint
 from vlm.data.sources.source import NamedSource, PairSource, SourceOptions
 from vlm.data.sources.source_registry import holds_shards, open_source
