@@ -260,7 +260,7 @@ def parse_tags(metadata: dict[str, Any]) -> tuple[str, ...]:
 
 
 def parse_npy(data: bytes, name: str) -> np.ndarray:
-    """An array from the bytes of an .npy file that nobody vouches for; its header is checked before memory is allocated."""
+    """An array from the bytes of an .npy file; its header is checked before any memory is allocated."""
     try:
         file = io.BytesIO(data)
         read_header = _NPY_HEADERS[np.lib.format.read_magic(file)]

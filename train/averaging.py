@@ -25,8 +25,7 @@ from vlm.evaluation.retrieval import Retrieval
 from vlm.evaluation.retrieval_metrics import RECALL_AT
 from vlm.models.model import VisionLanguageModel
 from vlm.tensor_types import Tensor
-from vlm.train.feature_cache import evaluated_paths
-from vlm.train.map_memory import LockedFeatures, keep_evaluated_features
+from vlm.train.feature_cache import LockedFeatures, evaluated_paths, keep_evaluated_features
 
 logger = logging.getLogger(__name__)
 

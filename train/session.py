@@ -58,9 +58,8 @@ from vlm.train.checkpoint.manager import restore_newest
 from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore
 from vlm.train.distributed import apply_fsdp, no_gradient_sync
 from vlm.train.drift import DriftGuard, open_drift_guard
-from vlm.train.feature_cache import open_cached_features
+from vlm.train.feature_cache import keep_locked_features, open_cached_features
 from vlm.train.flops import FlopCounter
-from vlm.train.map_memory import keep_locked_features
 from vlm.train.objectives.global_contrastive import GlobalAverages, inner_rate_at
 from vlm.train.objectives.loss_term import Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import FORMER_NAMES, WeightedLossTerm, parse_objective

@@ -19,8 +19,7 @@ from vlm.evaluation.retrieval import Retrieval
 from vlm.evaluation.suite import FailedEvaluation, OpenSets, measure_model, read_suite
 from vlm.models.model import VisionLanguageModel
 from vlm.train.distributed import gather_objects, num_processes, process_rank
-from vlm.train.feature_cache import evaluated_paths
-from vlm.train.map_memory import LockedFeatures, keep_evaluated_features
+from vlm.train.feature_cache import LockedFeatures, evaluated_paths, keep_evaluated_features
 from vlm.train.run_config import TrainConfig
 
 logger = logging.getLogger(__name__)
