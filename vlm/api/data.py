@@ -14,8 +14,8 @@ from vlm.config import number_list, text_list
 from vlm.data.caption_sampler import CaptionSampler
 from vlm.data.collate import EvalCollator, TrainingBatch, TrainingCollator
 from vlm.data.corpus import MIXTURE_SUFFIX, Source, open_corpus, read_sources
-from vlm.data.curation.concept_list import ConceptLimits, ConceptSummary, TextLines
-from vlm.data.curation.concept_list import build_concepts as write_concepts
+from vlm.data.curation.caption_filters import ConceptLimits, ConceptSummary, TextLines
+from vlm.data.curation.caption_filters import build_concepts as write_concepts
 from vlm.data.pack import shards_at
 from vlm.data.sample_relations import SUFFIX as RELATIONS_SUFFIX
 from vlm.data.sample_relations import RelationsSummary, relate_samples, write_relations

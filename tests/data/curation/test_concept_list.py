@@ -9,8 +9,13 @@ import pytest
 
 from vlm.api.data import build_concepts
 from vlm.cli.main import main
-from vlm.data.curation.caption_filters import read_concepts
-from vlm.data.curation.concept_list import ConceptLimits, count_unigrams, informative_bigrams, read_synsets
+from vlm.data.curation.caption_filters import (
+    ConceptLimits,
+    count_unigrams,
+    informative_bigrams,
+    read_concepts,
+    read_synsets,
+)
 from vlm.errors import UsageError
 
 
