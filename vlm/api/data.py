@@ -333,7 +333,7 @@ def _check_curation(numbers: dict[str, float], out: Path, pages: Sequence[str | 
 def _write_curation_pages(
     curated: "CurationResult", selection: Selection, title: str, html: str | Path | None, report: str | Path | None
 ) -> None:
-    from vlm.data.curation.curation_report import render_curation_report
+    from vlm.data.curation.pipeline import render_curation_report
     from vlm.pages import Provenance
 
     if html:

@@ -88,7 +88,7 @@ class Curate:
             self._show(summary)
 
     def _show(self, summary: "CurationSummary") -> None:
-        from vlm.data.curation.curation_report import step_rows
+        from vlm.data.curation.pipeline import step_rows
 
         columns, rows = step_rows(summary.curated)
         if self.and_ or self.minus or self.plus or self.weight != 1:

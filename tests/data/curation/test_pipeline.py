@@ -2,7 +2,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vlm.data.curation.curation_report import render_curation_report
+from vlm.data.curation.pipeline import render_curation_report
 from vlm.data.curation.sample_table import RequiredColumn, scan
 from vlm.data.selection import intersect_selections, read_selection, subtract_selection, write_selection
 from vlm.data.shards import expand_shards
