@@ -30,8 +30,7 @@ from vlm.train.checkpoint.format import (
     list_checkpoint_infos,
     list_checkpoints,
 )
-from vlm.train.checkpoint.manager import CheckpointWriter, broadcast_path, restore
-from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore
+from vlm.train.checkpoint.manager import CheckpointWriter, RemoteCheckpointStore, broadcast_path, restore
 from vlm.train.run_config import SafetyConfig
 from vlm.train.state import TrainState
 

@@ -54,8 +54,7 @@ from vlm.models.towers.tower import batch_norm_layers
 from vlm.models.towers.tower_registry import initial_preprocess, set_dropout
 from vlm.models.variants import with_image_size
 from vlm.train.averaging import EMA
-from vlm.train.checkpoint.manager import restore_newest
-from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore
+from vlm.train.checkpoint.manager import RemoteCheckpointStore, restore_newest
 from vlm.train.distributed import apply_fsdp, no_gradient_sync
 from vlm.train.drift import DriftGuard, open_drift_guard
 from vlm.train.feature_cache import keep_locked_features, open_cached_features

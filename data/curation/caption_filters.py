@@ -1,6 +1,7 @@
 """Filters by caption: length, language, repetition, and balancing over concepts after MetaCLIP.
 
-Each filter is the dataclass of its parameters, then the function that decides.
+Each filter is the dataclass of its parameters, then the function that decides. The list of concepts that captions are
+balanced over is built here too: words and pairs of words of a corpus, titles, WordNet.
 """
 
 import json
@@ -394,8 +395,10 @@ def build_concepts(
 ) -> ConceptSummary:
     """Write the concepts of a corpus as a JSON list, the filter `balance:concepts=OUT`'s file.
 
-    In this order, each once: WordNet's synsets, words and pairs by falling count and information, titles. texts are
-    read twice, so that pairs of rare words, of which a large corpus has very many, are never counted.
+    In this order, each once: WordNet's synsets, words and pairs by falling count and information, titles. MetaCLIP (Xu
+    et al. 2024, §3.1) rebuilds CLIP's list from the unigrams of Wikipedia that occur at least 100 times, its bigrams of
+    high pointwise mutual information, its titles, and all synsets of WordNet. texts are read twice, so that pairs of
+    rare words, of which a large corpus has very many, are never counted.
 
     Raises:
         UsageError: `out` exists, a source cannot be read, or there is no concept.

@@ -1,6 +1,7 @@
 """Curation: the table of filters, and applying some in their order over shards, which gives a selection.
 
 Adding a filter is a function in `caption_filters` or `image_filters` and an entry in `FILTERS`.
+`render_curation_report` (`vlm curate --html`) shows what each filter keeps and drops, with examples.
 """
 
 from collections.abc import Sequence

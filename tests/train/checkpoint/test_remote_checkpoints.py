@@ -12,8 +12,7 @@ from vlm.data.sample_ledger import Ledger
 from vlm.errors import UsageError, VlmError
 from vlm.storage import RetryPolicy
 from vlm.train.checkpoint.format import list_checkpoints
-from vlm.train.checkpoint.manager import CheckpointWriter, restore_newest
-from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore
+from vlm.train.checkpoint.manager import CheckpointWriter, RemoteCheckpointStore, restore_newest
 from vlm.train.state import BestCheckpoint
 
 QUICK = RetryPolicy(attempts=3, seconds=5, first_wait=0.01, longest_wait=0.02)
