@@ -60,6 +60,9 @@ from vlm.train.validation import EvaluationClock
 
 logger = logging.getLogger(__name__)
 
+Batches = Generator[list[TrainingBatch], None, None]
+"""Global batches as this process's micro-batches; closing them ends the loader's workers."""
+
 _THROUGHPUT = ("samples_per_second", "images_per_second", "data_wait", "mfu")
 
 
@@ -125,39 +128,17 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
 
             if should_roll_back(state, safety):
                 watchdog.set_phase("rolling back", after=f"step {state.step:,}")
-                # ends the workers of the old loader, which are ahead on samples that are passed over now
-                batches.close()
-                roll_back_session(session, writer, run_logger)
-                batches = open_batches(session, run_logger)
+                batches = roll_back_session(session, batches, writer, run_logger)
                 continue
 
             is_last = state.step == session.steps
-            values: dict[str, Any] = {}
-            if state.step % config.log_every == 0 or is_last:
-                values = run_logger.read(result, micro_batches)
+            is_logged = state.step % config.log_every == 0 or is_last
+            values = run_logger.read(result, micro_batches) if is_logged else {}
             before_pause = time.monotonic()
-            is_judged = bool(session.validation) and (is_last or is_evaluation_due(session, evaluation_clock))
-            if is_judged:
-                watchdog.set_phase("evaluating", after=f"step {state.step:,}")
-                values |= evaluate(session)
-                evaluation_clock.add(before_pause, time.monotonic())
-            if values:
-                run_logger.write(values)
-            if is_judged and stops_early(session, values):
+            if log_and_evaluate(session, values, run_logger, evaluation_clock, watchdog, is_last=is_last):
                 is_last = True
                 batches.close()
-
-            # clocks, signals and metrics differ between processes, which must save and stop at the same step
-            wants_save = schedule.is_due(state.step, state.elapsed_seconds) or stop.is_save_requested or is_best(state)
-            is_stopping, is_due = any_across_processes([bool(stop), wants_save], state.model.device)
-            if is_due or is_last or is_stopping:
-                watchdog.set_phase("saving", after=f"step {state.step:,}")
-                is_scheduled = schedule.is_scheduled(state.step)
-                writer.save(state, ledger=merge_ledgers(state.ledger), is_scheduled=is_scheduled)
-                schedule.mark_saved(state.elapsed_seconds)
-                stop.mark_saved()
-            # an error of the thread ends the run at the next step rather than at the next checkpoint
-            writer.check()
+            is_stopping = save_if_due(state, writer, schedule, stop, watchdog, is_last=is_last)
             # neither evaluation nor saving may look like slow steps
             run_logger.exclude_time(time.monotonic() - before_pause)
             if is_stopping and not is_last:
@@ -173,7 +154,7 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
     return summarise(session, ledger)
 
 
-def open_batches(session: Session, run_logger: RunLogger) -> Generator[list[TrainingBatch], None, None]:
+def open_batches(session: Session, run_logger: RunLogger) -> Batches:
     """The batches from the state's position on, timed; none where the run had stopped early before an interruption."""
     batches = run_logger.timed(session.open_batches())
     if session.state.step and session.config.safety.early_stop and stops_early(session):
@@ -227,8 +208,13 @@ def reraise_lost_workers(session: Session) -> Iterator[None]:
         ) from error
 
 
-def roll_back_session(session: Session, writer: CheckpointWriter, run_logger: RunLogger) -> None:
-    """Roll back to a checkpoint from before the trouble, and count the samples that are passed over."""
+def roll_back_session(session: Session, batches: Batches, writer: CheckpointWriter, run_logger: RunLogger) -> Batches:
+    """Roll back to a checkpoint from before the trouble, and count the samples that are passed over.
+
+    Returns the batches that come after these.
+    """
+    # ends the workers of the old loader, which are ahead on samples that are passed over now
+    batches.close()
     skipped_range = roll_back(
         session.state,
         writer,
@@ -238,6 +224,29 @@ def roll_back_session(session: Session, writer: CheckpointWriter, run_logger: Ru
     )
     count_skipped_range(session, skipped_range)
     run_logger.roll_back()
+    return open_batches(session, run_logger)
+
+
+def log_and_evaluate(
+    session: Session,
+    values: dict[str, Any],
+    run_logger: RunLogger,
+    clock: EvaluationClock,
+    watchdog: Watchdog,
+    *,
+    is_last: bool,
+) -> bool:
+    """Log the values of a step with those of an evaluation, where one is due; whether the run ends early for these."""
+    is_evaluated = bool(session.validation) and (is_last or is_evaluation_due(session, clock))
+    if is_evaluated:
+        watchdog.set_phase("evaluating", after=f"step {session.state.step:,}")
+        started = time.monotonic()
+        values = values | evaluate(session)
+        clock.add(started, time.monotonic())
+    # none at a step that is neither logged nor evaluated
+    if values:
+        run_logger.write(values)
+    return is_evaluated and stops_early(session, values)
 
 
 def is_evaluation_due(session: Session, clock: EvaluationClock) -> bool:
@@ -494,6 +503,30 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
         logger.info(f"{self.signal_name}: saving after this step; press Ctrl-C again to stop now without saving.")
+
+
+def save_if_due(
+    state: TrainState,
+    writer: CheckpointWriter,
+    schedule: CheckpointSchedule,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    *,
+    is_last: bool,
+) -> bool:
+    """Save a checkpoint where one is due, at the last step, and before the run stops; whether it stops."""
+    # clocks, signals and metrics differ between processes, which must save and stop at the same step
+    wants_save = schedule.is_due(state.step, state.elapsed_seconds) or stop.is_save_requested or is_best(state)
+    is_stopping, is_due = any_across_processes([bool(stop), wants_save], state.model.device)
+    if is_due or is_last or is_stopping:
+        watchdog.set_phase("saving", after=f"step {state.step:,}")
+        is_scheduled = schedule.is_scheduled(state.step)
+        writer.save(state, ledger=merge_ledgers(state.ledger), is_scheduled=is_scheduled)
+        schedule.mark_saved(state.elapsed_seconds)
+        stop.mark_saved()
+    # an error of the thread ends the run at the next step rather than at the next checkpoint
+    writer.check()
+    return is_stopping
 
 
 def stopped_error(session: Session, stop: StopRequest) -> VlmError:
