@@ -31,6 +31,7 @@ from vlm.index.writer import iter_live_blocks
 from vlm.manifest import write_manifest
 from vlm.models.model_spec import absolute_spec
 from vlm.models.variants import CompatibilityProjection
+from vlm.results import Result
 from vlm.tensor_types import Array, Float, Float32, Int64
 
 logger = logging.getLogger(__name__)
@@ -386,7 +387,7 @@ def _mean_recall(*retrievals: RetrievalResult) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpgradeSummary:
+class UpgradeSummary(Result):
     """The migrated index: `rows` live ones, padded to `dimension`."""
 
     folder: str

@@ -34,6 +34,7 @@ from vlm.files import append_line, atomic_write, write_text
 from vlm.manifest import FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
 from vlm.models.model import VisionLanguageModel
 from vlm.models.sentence_encoder import LanguageModelEmbedder
+from vlm.results import Result
 from vlm.tensor_types import Float32, Tensor
 from vlm.train.teacher_views import (
     REINFORCEMENT,
@@ -268,7 +269,7 @@ class ReinforceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReinforceSummary:
+class ReinforceSummary(Result):
     """What was written; `seconds` and `samples_per_second` are of this run, without what an earlier one had done.
 
     bad: samples copied without features, by reason in `unreinforced`. arrays: columns of each feature, by name.

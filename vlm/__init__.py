@@ -25,17 +25,25 @@ if TYPE_CHECKING:
     from vlm.api.index import SearchIndex as SearchIndex
     from vlm.api.index import open_index as open_index
     from vlm.api.index_building import build_index as build_index
+    from vlm.api.index_building import check_index as check_index
+    from vlm.api.index_building import export_index as export_index
+    from vlm.api.index_building import fit_head as fit_head
     from vlm.api.index_building import fit_reranker as fit_reranker
+    from vlm.api.index_building import import_embeddings as import_embeddings
+    from vlm.api.index_building import score as score
+    from vlm.api.index_building import upgrade_index as upgrade_index
     from vlm.api.inference import DecodingOptions as DecodingOptions
     from vlm.api.inference import Model as Model
     from vlm.api.inference import load as load
     from vlm.api.local_models import fetch_model as fetch_model
     from vlm.api.local_models import list_models as list_models
+    from vlm.api.model_export import export as export
     from vlm.api.packing import pack as pack
     from vlm.api.runs import compare_runs as compare_runs
     from vlm.api.runs import list_runs as list_runs
     from vlm.api.training import caption_shards as caption_shards
     from vlm.api.training import embed as embed
+    from vlm.api.training import reinforce as reinforce
     from vlm.api.training import soup as soup
     from vlm.api.training import train as train
     from vlm.client import AsyncClient as AsyncClient
@@ -57,26 +65,34 @@ __all__ = [
     "build_index",
     "caption_metrics",
     "caption_shards",
+    "check_index",
     "compare_runs",
     "curate",
     "doctor",
     "embed",
     "evaluate",
     "explain",
+    "export",
+    "export_index",
     "fetch_model",
     "find",
+    "fit_head",
     "fit_reranker",
+    "import_embeddings",
     "inspect",
     "list_models",
     "list_runs",
     "load",
     "open_index",
     "pack",
+    "reinforce",
     "relate",
+    "score",
     "soup",
     "stream",
     "train",
     "train_tokenizer",
+    "upgrade_index",
     "watch",
 ]
 
@@ -93,25 +109,33 @@ _MODULES: dict[str, str] = {
     "build_index": "vlm.api.index_building",
     "caption_metrics": "vlm.api.evaluation",
     "caption_shards": "vlm.api.training",
+    "check_index": "vlm.api.index_building",
     "compare_runs": "vlm.api.runs",
     "curate": "vlm.api.data",
     "doctor": "vlm.api.data",
     "embed": "vlm.api.training",
     "evaluate": "vlm.api.evaluation",
     "explain": "vlm.api.explanation",
+    "export": "vlm.api.model_export",
+    "export_index": "vlm.api.index_building",
     "fetch_model": "vlm.api.local_models",
     "find": "vlm.api.find",
+    "fit_head": "vlm.api.index_building",
     "fit_reranker": "vlm.api.index_building",
+    "import_embeddings": "vlm.api.index_building",
     "inspect": "vlm.api.data",
     "list_models": "vlm.api.local_models",
     "list_runs": "vlm.api.runs",
     "load": "vlm.api.inference",
     "open_index": "vlm.api.index",
     "pack": "vlm.api.packing",
+    "reinforce": "vlm.api.training",
     "relate": "vlm.api.data",
+    "score": "vlm.api.index_building",
     "soup": "vlm.api.training",
     "stream": "vlm.api.data",
     "train_tokenizer": "vlm.api.data",
+    "upgrade_index": "vlm.api.index_building",
     "watch": "vlm.api.find",
 }
 

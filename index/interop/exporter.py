@@ -29,6 +29,7 @@ from vlm.index.interop.importer import EXPORT
 from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.segments import SegmentView, write_segment
 from vlm.manifest import Manifest, record_file, write_manifest
+from vlm.results import Result
 from vlm.tensor_types import Array, Float, Int64
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ WITH_VECTORS = "embeddings.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportSummary:
+class ExportSummary(Result):
     """What was written, and of which version. faiss_kind: type of the FAISS file, empty if there is none."""
 
     folder: str

@@ -38,6 +38,7 @@ from vlm.index.interop.import_layouts import (
 )
 from vlm.manifest import MANIFEST, Manifest
 from vlm.models.model_spec import absolute_spec
+from vlm.results import Result
 
 EXPORT = "export"
 
@@ -62,7 +63,7 @@ _SHORTEST = 1e-15
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportSummary:
+class ImportSummary(Result):
     """What was imported.
 
     files: pairs of vectors and table. bad: skipped rows, listed in `incidents.jsonl`. scaled: rows that were not of

@@ -381,7 +381,7 @@ def test_info_says_what_a_rollback_costs_and_results_are_what_the_verbs_print(
         return json.loads(capsys.readouterr().out)
 
     assert printed("info") == index.info().to_json()
-    assert printed("check") == index.check().to_json()
+    assert printed("check") == index.check().to_json() == vlm.check_index(index.folder).to_json()
     assert set(printed("rollback")) == set(index.rollback().to_json())
     index.compact(keep_previous=False)
     assert index.info().kept_bytes == 0

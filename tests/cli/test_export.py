@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+import vlm
 from tests.models.huggingface_fixture import clip_folder
 from vlm.cli.main import main
 from vlm.data.tokenizers import open_tokenizer
@@ -48,6 +49,8 @@ def test_open_clip_loads_what_is_exported_and_the_fingerprint_stays(capsys, scen
     assert values["fingerprint"] == model.fingerprint
     assert values["largest_difference"] <= 1e-5
     assert not values["has_tokenizer"]
+    called = vlm.export(tmp_path / "model", tmp_path / "called").to_json()
+    assert json.loads(json.dumps(called).replace(str(tmp_path / "called"), str(tmp_path / "out"))) == values
     opened = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")[0]
     assert torch.equal(opened.state_dict()["logit_scale"], model.network.state_dict()["logit_scale"])
     assert load_model(str(tmp_path / "out"), device="cpu").fingerprint == model.fingerprint

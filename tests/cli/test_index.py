@@ -113,7 +113,7 @@ def test_an_index_of_nothing_answers_every_filter_with_nothing(capsys, index):
 @pytest.mark.parametrize("sample", ["0", "-3"])
 def test_a_check_of_no_rows_is_refused(capsys, index, sample):
     code, _, err = run(capsys, "index", "check", index, "--sample", sample)
-    assert (code, f"--sample {sample} is out of range" in err) == (2, True)
+    assert (code, f"sample = {sample} is out of range" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_head_is_not_fitted_to_what_cannot_be(capsys, index, tmp_path, option,
     texts = ("--old-texts", index, "--new-texts", index)
     code, _, err = run(capsys, "index", "fit-head", index, index, tmp_path / "head", *texts, option, value)
     shown = float(value) if option == "--held-out" else value
-    assert (code, f"{option} {shown} is out of range" in err) == (2, True)
+    assert (code, f"{option[2:].replace('-', '_')} = {shown} is out of range" in err) == (2, True)
 
 
 def test_many_deleted_rows_call_for_a_compaction(capsys, index):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import vlm
 from tests.random_model import write_random_model
 from vlm.cli.main import main
 from vlm.data.shards import expand_shards
@@ -60,7 +61,7 @@ def test_a_table_and_the_next_command_are_told(scene_shards, teacher, tmp_path, 
     assert "exists already and is complete" in capsys.readouterr().err
 
 
-def test_the_text_tower_of_a_model_is_stored_for_machines(scene_shards, teacher, tmp_path, capsys):
+def test_the_text_tower_of_a_model_is_stored_for_machines_and_by_the_call(scene_shards, teacher, tmp_path, capsys):
     out = tmp_path / "out"
     words = ["reinforce", str(scene_shards / "val"), str(out), "--text-model", teacher, "--half", "--json"]
     assert main(words) == 0
@@ -78,6 +79,10 @@ def test_the_text_tower_of_a_model_is_stored_for_machines(scene_shards, teacher,
     expected = load_model(teacher).embed_texts(captions).numpy()
     assert len(sample.captions) > 1
     np.testing.assert_allclose(sample.arrays["text_embedding"], expected, atol=1e-3)
+    called = vlm.reinforce([scene_shards / "val"], tmp_path / "called", text_model=teacher, half=True).to_json()
+    measured = {"out", "seconds", "samples_per_second"}
+    assert {name for name in called if called[name] != summary[name]} <= measured
+    assert called.keys() == summary.keys()
 
 
 @pytest.mark.parametrize(("pooling", "prompts"), [("", ()), ("mean", ()), ("last", ("red circle", "and"))])

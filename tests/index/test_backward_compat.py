@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import vlm
 from tests.index.upgrade_fixture import TRAITS, World, join, space, turn, write, write_world
 from vlm.cli.main import main
 from vlm.errors import UsageError, VlmError
@@ -288,5 +289,15 @@ def test_the_commands(world, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     words = [str(tmp_path / "index"), str(tmp_path / "out"), "--head", str(tmp_path / "head2")]
     assert main(["index", "upgrade", *words, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["dimension"] == 12
+    upgraded = json.loads(capsys.readouterr().out)
+    assert upgraded["dimension"] == 12
+    # the calls do the same
+    head = vlm.fit_head(
+        folders[0], folders[1], tmp_path / "head3", old_texts=texts[1], new_texts=texts[3], held_out=0.2
+    )
+    assert head.to_json() == found | {"head": str(tmp_path / "head3")}
+    called = vlm.upgrade_index(tmp_path / "index", tmp_path / "out2", head=tmp_path / "head3").to_json()
+    differing = {"folder", "seconds"}
+    assert called.keys() == upgraded.keys()
+    assert {name for name in called if called[name] != upgraded[name]} <= differing
     assert main(["index", "check", str(tmp_path / "out")]) == 0

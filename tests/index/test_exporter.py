@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import vlm
 from tests.index.index_fixture import SPACE, MakeIndex, make_batch, vectors
 from tests.index.origin_fixture import make_origin
 from vlm.cli.main import main
@@ -207,6 +208,8 @@ def test_the_command_exports_a_part_and_refuses_what_is_there(changed, tmp_path,
     assert main([*words, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["rows"], summary["files"]) == (6, ["embeddings.parquet"])
+    called = vlm.export_index(changed, tmp_path / "called", to="parquet", where="number < 3").to_json()
+    assert called | {"folder": summary["folder"], "seconds": summary["seconds"]} == summary
     assert main(words) == 2
     assert "exists already" in capsys.readouterr().err
     assert main(["index", "export", str(tmp_path / "out"), str(tmp_path / "o2"), "--to", "npy"]) == 2

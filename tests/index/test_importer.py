@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import vlm
 from tests.index.clip_retrieval_fixture import D, bring, clip_retrieval, unit, write_matrix, write_table
 from vlm.cli.main import main
 from vlm.errors import UsageError
@@ -245,6 +246,8 @@ def test_the_command_imports_and_says_what_it_did(tmp_path, capsys):
     printed = capsys.readouterr()
     summary = json.loads(printed.out)
     assert (summary["rows"], summary["scaled"], summary["uid_column"]) == (5, 3, "key")
+    called = vlm.import_embeddings(tmp_path / "source", tmp_path / "called", model="unknown").to_json()
+    assert called | {"folder": summary["folder"], "seconds": summary["seconds"]} == summary
     assert "3 vectors were not of unit length" in printed.err
     assert main(["index", "build", str(tmp_path / "out"), str(tmp_path / "index"), "--json"]) == 0
     assert main(["index", "check", str(tmp_path / "index"), "--json"]) == 0

@@ -1,8 +1,12 @@
+import json
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import vlm
 from tests.index.embed_fixture import embed_shards
+from vlm.cli.main import main
 from vlm.data.curation.filter import parse_filter
 from vlm.data.curation.pipeline import FILTERS, curate
 from vlm.data.curation.score_columns import ScoreColumns
@@ -77,6 +81,16 @@ def test_overlap_names_the_evaluation_shards(writer, embeddings, shards):
     path = writer.overlap(Embeddings.open(embeddings)).path
     described = (pq.read_schema(path).metadata or {})[b"details"].decode()
     assert all(open_index(address).fingerprint in described for address in shards)
+
+
+def test_the_call_gives_what_the_verb_prints(embeddings, texts, capsys):
+    words = ["score", str(embeddings), "--texts", str(texts.folder), "--clusters", "2", "--seed", "1", "--json"]
+    assert main(words) == 0
+    scores = vlm.score(embeddings, texts=texts.folder, clusters=2, seed=1)
+    assert json.loads(capsys.readouterr().out) == scores.to_json()
+    assert [score.name for score in scores] == ["similarity", "cluster", "centre-distance"]
+    with pytest.raises(UsageError, match="Nothing to compute; give texts, duplicates, clusters, near or overlap"):
+        vlm.score(embeddings)
 
 
 def test_curation_reads_what_was_written(writer, texts, shards):

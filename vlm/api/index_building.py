@@ -1,17 +1,28 @@
-"""`vlm.build_index`, `vlm.fit_reranker`: embeddings to an index, and to what reranks searches of it."""
+"""Embeddings to an index, to what fits or reranks its searches, to scores, and from and to other tools:
+`vlm.build_index`, `vlm.fit_head`, `vlm.upgrade_index`, `vlm.fit_reranker`, `vlm.score`, `vlm.import_embeddings`,
+`vlm.export_index`, `vlm.check_index`.
+"""
 
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlm.errors import UsageError, os_errors_explained
+from vlm.files import check_not_exists
+from vlm.results import Result, json_values
 
 # imported where they are used: they need FAISS's training
 if TYPE_CHECKING:
+    from vlm.evaluation.retrieval_metrics import RetrievalResult
     from vlm.index.ann.index_types import TuningParams
+    from vlm.index.backward_compat import RidgeChoice, UpgradeSummary
     from vlm.index.build import AutotunedBuild, BuildSummary
+    from vlm.index.curation_scores import ScoreColumn
+    from vlm.index.interop.exporter import ExportSummary
+    from vlm.index.interop.importer import ImportSummary
     from vlm.index.reranker_fit import RerankerSummary
+    from vlm.index.verify import CheckReport
 
 
 @os_errors_explained()
@@ -172,3 +183,238 @@ def fit_reranker(embeddings: str | Path, out: str | Path, *, model: str = "", **
     settings.check()
     folder = Embeddings.open(Path(embeddings))
     return fit(load_model(model or folder.space.model), folder, Path(out), settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSummary(Result):
+    """A head that was fitted: its folder and identity, how it was chosen, and its recall on the held-out images.
+
+    recall: by the model of the queries and that of the rows, as "new → old".
+    """
+
+    head: str
+    fingerprint: str
+    choice: "RidgeChoice"
+    recall: "dict[str, RetrievalResult]"
+    held_out_images: int
+
+    @property
+    def evidence(self) -> dict[str, Any]:
+        """How it was chosen and its recall, as the head's folder keeps them."""
+        return asdict(self.choice) | {"recall": {name: result.metrics() for name, result in self.recall.items()}}
+
+    def to_json(self) -> dict[str, Any]:
+        """What `vlm index fit-head --json` prints."""
+        return json_values({"head": self.head, "fingerprint": self.fingerprint} | self.evidence)
+
+
+@os_errors_explained()
+def fit_head(
+    old: str | Path,
+    new: str | Path,
+    head: str | Path,
+    *,
+    old_texts: str | Path,
+    new_texts: str | Path,
+    held_out: float = 0.1,
+    max_images: int = 20_000,
+    seed: int = 0,
+) -> HeadSummary:
+    """Fit a projection with which a new model queries an index of an old one, as `vlm index fit-head` does.
+
+    The head is a MODEL from then on: `vlm.upgrade_index` migrates an index to it, `vlm.embed` adds rows with it.
+
+    Args:
+        old, new: embeddings of the same images by the old model (or an older head) and by the new one.
+        head: folder to write.
+        old_texts, new_texts: embeddings of the captions of these images by both.
+        held_out: fraction of the images held out to measure recall.
+        max_images: most images that are used, sampled evenly.
+
+    Raises:
+        UsageError: `head` exists, a number is out of range, or the embeddings are not of the same samples
+            by two models.
+    """
+    from vlm.index.backward_compat import fit_head as fit
+    from vlm.index.backward_compat import measure_head, read_pairs
+    from vlm.models.variants import save_projection
+
+    if not 0 < held_out < 1:
+        raise UsageError(f"held_out = {held_out} is out of range: give a fraction between 0 and 1.")
+    if max_images < 1:
+        raise UsageError(f"max_images = {max_images} is out of range: give at least 1.")
+    # before the fit, whose result would be lost
+    check_not_exists(Path(head))
+    folders = map(Path, (old, new, old_texts, new_texts))
+    fitting, measured = read_pairs(*folders, max_images=max_images, seed=seed).split(held_out, seed=seed)
+    fitted = fit(fitting, seed=seed)
+    summary = HeadSummary(
+        head=str(head),
+        fingerprint=fitted.head.fingerprint,
+        choice=fitted.choice,
+        recall=measure_head(measured, fitted.head, seed=seed),
+        held_out_images=len(measured),
+    )
+    # the keys of heads saved before max_images had that name
+    configuration = {"held_out": held_out, "pictures": max_images, "seed": seed}
+    save_projection(Path(head), fitted.head, configuration=configuration, details={"evidence": summary.evidence})
+    return summary
+
+
+@os_errors_explained()
+def upgrade_index(index: str | Path, out: str | Path, *, head: str | Path) -> "UpgradeSummary":
+    """Migrate an index to a new model without embedding anything again, as `vlm index upgrade` does.
+
+    Args:
+        index: folder, which is not changed. out: folder for the new index.
+        head: of `vlm.fit_head`, for the index's model and the new one.
+
+    Raises:
+        UsageError: `out` exists, or the head is for rows of another model. VlmError: the index is damaged.
+    """
+    from vlm.index.backward_compat import upgrade_index as upgrade
+    from vlm.models.variants import read_projection
+
+    return upgrade(Path(index), Path(out), read_projection(Path(head)), head_spec=str(head))
+
+
+@os_errors_explained()
+def import_embeddings(
+    source: str | Path,
+    out: str | Path,
+    *,
+    model: str = "",
+    modality: Literal["image", "text"] | None = None,
+    metadata: str | Path | None = None,
+    uid_column: str = "",
+    caption_column: str = "",
+    embedding_column: str = "",
+) -> "ImportSummary":
+    """Embeddings of other tools as an embeddings folder, as `vlm index import` makes it.
+
+    Args:
+        source: output folder of clip-retrieval; a folder of .npy, Parquet or one FAISS file, with their metadata; such
+            a file; or the output of `vlm.export_index`.
+        model: MODEL that made the vectors, or unknown; an export of this project names it itself.
+        modality: what was embedded; None is image.
+        metadata: Parquet file or folder, if it is not next to the vectors; row i describes vector i.
+        uid_column, caption_column, embedding_column: by default those with the usual names.
+
+    Raises:
+        UsageError: `out` exists, files do not belong together, a column is missing, or the model has another dimension.
+        VlmError: a file is damaged, or no row can be used.
+    """
+    from vlm.index.interop.import_layouts import ColumnChoice
+    from vlm.index.interop.importer import import_embeddings as import_rows
+    from vlm.service.query_encoder import load_encoder
+
+    return import_rows(
+        Path(source),
+        Path(out),
+        model_spec=model,
+        load=load_encoder,
+        modality=modality,
+        metadata=Path(metadata) if metadata else None,
+        column_choice=ColumnChoice(uid=uid_column, caption=caption_column, embedding=embedding_column),
+    )
+
+
+@os_errors_explained()
+def export_index(
+    index: str | Path,
+    out: str | Path,
+    *,
+    to: Literal["npy", "clip-retrieval", "faiss", "parquet"],
+    where: str = "",
+    precision: Literal["float16", "float32"] | None = None,
+) -> "ExportSummary":
+    """The live rows of an index for other tools, as `vlm index export` writes them.
+
+    Args:
+        out: folder for the files.
+        where: export only rows that match this filter.
+        precision: of the vectors; None is float16, as stored, and float32 for parquet.
+
+    Raises:
+        UsageError: `out` exists, no row is selected, or the filter is malformed. VlmError: the index is damaged.
+    """
+    from vlm.index.interop.exporter import export_index as export_rows
+
+    return export_rows(Path(index), Path(out), to=to, where=where, precision=precision)
+
+
+@os_errors_explained()
+def check_index(index: str | Path, *, sample: int = 1000, seed: int = 0) -> "CheckReport":
+    """Read all of an index, one that cannot be opened too, and list its faults, as `vlm index check` does.
+
+    sample: rows whose metadata and distances are computed again.
+
+    Raises:
+        UsageError: there is no index. VlmError: its manifest is damaged, or its server cannot be reached.
+    """
+    from vlm.index.engines import check_index as check
+
+    if sample < 1:
+        raise UsageError(f"sample = {sample} is out of range: give at least 1.")
+    return check(Path(index), sample=sample, seed=seed)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores that were written."""
+
+    scores: "tuple[ScoreColumn, ...]"
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> "Iterator[ScoreColumn]":
+        return iter(self.scores)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """What `vlm score --json` prints."""
+        return json_values(list(map(asdict, self.scores)))
+
+
+@os_errors_explained()
+def score(
+    embeddings: str | Path,
+    *,
+    texts: str | Path | None = None,
+    duplicates: float | None = None,
+    clusters: int | None = None,
+    near: str | Path | None = None,
+    overlap: str | Path | None = None,
+    seed: int = 0,
+) -> Scores:
+    """Score embedded images for `vlm.curate(…, columns="EMBEDDINGS/signals")`, as `vlm score` does.
+
+    Args:
+        embeddings: of images; the scores are written into its folder signals.
+        texts: embeddings of the same shards' captions: write similarity, the CLIP score.
+        duplicates: least cosine of duplicate images: write duplicates.
+        clusters: number of k-means clusters: write cluster and centre-distance. seed: of k-means.
+        near: embeddings of a target set: write near.
+        overlap: embeddings of an evaluation set to decontaminate from: write overlap.
+
+    Raises:
+        UsageError: nothing is asked for, a number is out of range, or embeddings are of another model or other shards.
+    """
+    from vlm.index.curation_scores import ScoreWriter
+    from vlm.index.embeddings_folder import Embeddings
+
+    if all(value is None for value in (texts, duplicates, clusters, near, overlap)):
+        raise UsageError("Nothing to compute; give texts, duplicates, clusters, near or overlap.")
+    writer = ScoreWriter(Embeddings.open(Path(embeddings)))
+    scores: list[ScoreColumn] = []
+    if texts is not None:
+        scores.append(writer.similarity(Embeddings.open(Path(texts))))
+    if duplicates is not None:
+        scores.append(writer.duplicates(duplicates))
+    if clusters is not None:
+        scores += writer.clusters(clusters, seed=seed)
+    if near is not None:
+        scores.append(writer.near(Embeddings.open(Path(near))))
+    if overlap is not None:
+        scores.append(writer.overlap(Embeddings.open(Path(overlap))))
+    return Scores(tuple(scores))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlm.errors import UsageError
+from vlm.errors import UsageError, os_errors_explained
 from vlm.files import check_not_exists
 from vlm.models.onnx_encoder import (
     OnnxFolder,
@@ -41,6 +41,7 @@ class OnnxExport(Result):
     quality: dict[str, Any] = field(default_factory=dict)
 
 
+@os_errors_explained()
 def export(
     model: str | Path,
     out: str | Path | None = None,

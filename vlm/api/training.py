@@ -1,4 +1,4 @@
-"""`vlm.train`, `vlm.soup`, `vlm.embed`, `vlm.caption_shards`: shards to a run, to embeddings, to new captions."""
+"""Shards to runs, embeddings and captions: `vlm.train`, `soup`, `reinforce`, `embed`, `caption_shards`."""
 
 import os
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from vlm.api.inference import Model
+from vlm.config import text_list
 from vlm.data.pack import shards_at
 from vlm.data.selection import read_selection
 from vlm.data.shards import Shards, expand_shards, join_shards, shards_fingerprint
@@ -24,14 +25,18 @@ from vlm.manifest import MANIFEST, PROGRESS
 from vlm.models.decoding_options import GREEDY, DecodingOptions
 from vlm.models.load import load_model, load_network, save_model_folder
 from vlm.models.model import VisionLanguageModel
+from vlm.models.sentence_encoder import load_text_model
 from vlm.ray_engine import Engine, RayCluster, check_engine
 from vlm.results import Result
 from vlm.storage import is_remote
 from vlm.train.averaging import Ingredient, Measure, PathPoint, build_soup, parse_metric, retrieval_measure
+from vlm.train.dataset_reinforcement import ReinforceConfig, ReinforceSummary, Teachers
+from vlm.train.dataset_reinforcement import reinforce as reinforce_shards
 from vlm.train.presets import open_preset
 from vlm.train.run import RunSummary
 from vlm.train.run import train as train_run
 from vlm.train.run_config import TrainConfig, override
+from vlm.train.teacher_views import ViewGeometry
 
 
 @os_errors_explained()
@@ -258,9 +263,9 @@ def _check_soup_measures(
     if len(alphas) and method != "interpolation":
         raise UsageError("alphas are of an interpolation: give the base of the one model as interpolate.")
     if val_other and not (method == "interpolation" and val):
-        raise UsageError("val-other is measured beside val along an interpolation; give val and interpolate, too.")
+        raise UsageError("val_other is measured beside val along an interpolation; give val and interpolate, too.")
     if not 0 <= max_drift <= 1:
-        raise UsageError(f"max-drift {max_drift} is not a share; give a number from 0 to 1.")
+        raise UsageError(f"max_drift = {max_drift} is not a share; give a number from 0 to 1.")
     if method == "greedy" and not val:
         raise UsageError("greedy chooses by a metric on held-out shards: give them as val.")
 
@@ -280,6 +285,73 @@ def _write_soup(summary: SoupSummary, model: VisionLanguageModel, inputs: dict[s
 
             draw_path(summary.sweep, folder / "path.png", metric=summary.metric, max_drift=max_drift)
         save_model_folder(folder, model, inputs=inputs)
+
+
+@os_errors_explained()
+def reinforce(
+    shards: Shards,
+    out: str | Path,
+    *,
+    teacher: str | Path | Sequence[str | Path] = (),
+    views: int = 5,
+    crop_scale: tuple[float, float] = (0.9, 1.0),
+    flip: float = 0.0,
+    seed: int = 0,
+    text_model: str | Path = "",
+    pooling: Literal["", "mean", "last"] = "",
+    context_length: int = 0,
+    prompt: str | Sequence[str] = (),
+    half: bool = False,
+    batch_size: int = 256,
+    workers: int = 1,
+    allow_damage: bool = False,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> ReinforceSummary:
+    """Write shards with precomputed teacher embeddings, as `vlm reinforce` does; repeat the call to resume it.
+
+    Training then needs no teacher: `vlm.train(…, objective="clip + distill", arrays=("teacher_image", "teacher_text"),
+    crop_scale=…, flip=…)` shows the student the very same views.
+
+    Args:
+        out: folder for the new shards.
+        teacher: a MODEL, or several, whose similarities are averaged.
+        views: augmented views per image. crop_scale: range of a view's share of the image area. flip: probability of a
+            horizontal flip. The student needs the same.
+        text_model: MODEL, or Hugging Face folder of a language model, whose embeddings of the captions are stored.
+        pooling, context_length: of a language model; empty uses the last hidden state, 0 uses 77 tokens.
+        prompt: facet prompts for a language model, whose embeddings are concatenated (FLAME).
+        half: store the embeddings of `text_model` in float16, as those of teachers are.
+        batch_size: views per batch of a teacher.
+
+    Raises:
+        UsageError: neither teacher nor text_model is given, `out` holds something else, or a number is out of range.
+        VlmError: a shard is damaged, or no sample can be used.
+    """
+    config = ReinforceConfig(
+        num_views=views, geometry=ViewGeometry(crop_scale=crop_scale, flip=flip), seed=seed, half=half
+    )
+    urls = expand_shards(join_shards(shards))
+    names = (str(teacher),) if isinstance(teacher, str | Path) else tuple(map(str, teacher))
+    language_model = None
+    if text_model:
+        language_model = load_text_model(
+            str(text_model),
+            context_length=context_length,
+            pooling=pooling,
+            prompts=tuple(text_list(prompt, "prompt")),
+            device=device,
+            precision=precision,
+        )
+    teachers = Teachers(
+        models=tuple(load_model(name, device=device, precision=precision) for name in names),
+        names=names,
+        text_model=language_model,
+        text_name=str(text_model),
+    )
+    return reinforce_shards(
+        urls, Path(out), teachers, config, batch_size=batch_size, workers=workers, allow_damage=allow_damage
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ import tyro
 
 from vlm.cli.options import EngineOption, JsonOption, RayAddressOption, ShardsArgument, WorkersOption, call_options
 from vlm.console import quoted, show_fields, show_json, show_table, spaced_names
-from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.api.data import CurationSummary
@@ -196,34 +195,14 @@ class Score:
 
     def run(self) -> None:
         """Compute the scores and show their distributions."""
+        from vlm.api.index_building import score
 
-        requested = (self.texts, self.duplicates, self.clusters, self.near, self.overlap)
-        if all(value is None for value in requested):
-            raise UsageError("Nothing to compute; give --texts, --duplicates, --clusters, --near or --overlap.")
-        scores = self._compute()
+        scores = score(**call_options(self))
         if self.json:
-            show_json(list(map(vars, scores)))
+            show_json(scores.to_json())
             return
         show_table(["score", "rows", "min", "median", "max", "details"], list(map(_row, scores)))
         logger.info(f"Next: vlm curate SHARDS OUT.selection --columns {quoted(self.embeddings / 'signals')} --filter …")
-
-    def _compute(self) -> "list[ScoreColumn]":
-        from vlm.index.curation_scores import ScoreWriter
-        from vlm.index.embeddings_folder import Embeddings
-
-        writer = ScoreWriter(Embeddings.open(self.embeddings))
-        scores: list[ScoreColumn] = []
-        if self.texts is not None:
-            scores.append(writer.similarity(Embeddings.open(self.texts)))
-        if self.duplicates is not None:
-            scores.append(writer.duplicates(self.duplicates))
-        if self.clusters is not None:
-            scores += writer.clusters(self.clusters, seed=self.seed)
-        if self.near is not None:
-            scores.append(writer.near(Embeddings.open(self.near)))
-        if self.overlap is not None:
-            scores.append(writer.overlap(Embeddings.open(self.overlap)))
-        return scores
 
 
 def _row(score: "ScoreColumn") -> list[object]:

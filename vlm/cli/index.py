@@ -9,7 +9,7 @@ import tyro
 
 from vlm.cli.options import IndexArgument, JsonOption, call_options
 from vlm.console import percent, quoted, show_fields, show_json, show_table, spaced_names
-from vlm.errors import UsageError, VlmError
+from vlm.errors import VlmError
 
 if TYPE_CHECKING:
     from vlm.evaluation.retrieval_metrics import RetrievalResult
@@ -175,25 +175,13 @@ class ImportEmbeddings:
 
     def run(self) -> None:
         """Import, and log what was changed or skipped."""
-        from vlm.index.interop.import_layouts import ColumnChoice
-        from vlm.index.interop.importer import import_embeddings
-        from vlm.service.query_encoder import load_encoder
+        from vlm.api.index_building import import_embeddings
 
-        summary = import_embeddings(
-            self.source,
-            self.out,
-            model_spec=self.model,
-            load=load_encoder,
-            modality=self.modality,
-            metadata=self.metadata,
-            column_choice=ColumnChoice(
-                uid=self.uid_column, caption=self.caption_column, embedding=self.embedding_column
-            ),
-        )
+        summary = import_embeddings(**call_options(self))
         # before the table: whatever differs from the source should be seen even with --json
         self._log_changes(summary)
         if self.json:
-            show_json(asdict(summary))
+            show_json(summary)
             return
         show_fields(spaced_names(asdict(summary)))
         logger.info(f"Next: vlm index build {quoted(self.out)} INDEX")
@@ -245,11 +233,11 @@ class ExportIndex:
 
     def run(self) -> None:
         """Export, then list the files."""
-        from vlm.index.interop.exporter import export_index
+        from vlm.api.index_building import export_index
 
-        summary = export_index(self.index, self.out, to=self.to, where=self.where, precision=self.precision)
+        summary = export_index(**call_options(self))
         if self.json:
-            show_json(asdict(summary))
+            show_json(summary)
         else:
             show_fields(asdict(summary))
 
@@ -292,32 +280,14 @@ class FitHead:
 
     def run(self) -> None:
         """Fit, measure, save, show."""
-        from vlm.files import check_not_exists
-        from vlm.index.backward_compat import fit_head, measure_head, read_pairs
-        from vlm.models.variants import save_projection
+        from vlm.api.index_building import fit_head
 
-        if not 0 < self.held_out < 1:
-            raise UsageError(f"--held-out {self.held_out} is out of range: give a fraction between 0 and 1.")
-        if self.max_images < 1:
-            raise UsageError(f"--max-images {self.max_images} is out of range: give at least 1.")
-        # before the fit, whose result would be lost
-        check_not_exists(self.head)
-        pairs = read_pairs(
-            self.old, self.new, self.old_texts, self.new_texts, max_images=self.max_images, seed=self.seed
-        )
-        fitting, held_out = pairs.split(self.held_out, seed=self.seed)
-        fitted = fit_head(fitting, seed=self.seed)
-        recall = measure_head(held_out, fitted.head, seed=self.seed)
-        metrics = {name: retrieval.metrics() for name, retrieval in recall.items()}
-        evidence = asdict(fitted.choice) | {"recall": metrics}
-        # the keys of heads saved before --max-images had that name
-        configuration = {"held_out": self.held_out, "pictures": self.max_images, "seed": self.seed}
-        save_projection(self.head, fitted.head, configuration=configuration, details={"evidence": evidence})
+        summary = fit_head(**call_options(self))
         if self.json:
-            show_json({"head": str(self.head), "fingerprint": fitted.head.fingerprint} | evidence)
+            show_json(summary)
             return
-        show_fields(asdict(fitted.choice))
-        show_recall(recall, title=f"{len(held_out):,} held-out images")
+        show_fields(asdict(summary.choice))
+        show_recall(summary.recall, title=f"{summary.held_out_images:,} held-out images")
         logger.info(f"Next: vlm index upgrade INDEX OUT --head {quoted(self.head)}")
 
 
@@ -416,12 +386,11 @@ class UpgradeIndex:
 
     def run(self) -> None:
         """Migrate, then log the next steps."""
-        from vlm.index.backward_compat import upgrade_index
-        from vlm.models.variants import read_projection
+        from vlm.api.index_building import upgrade_index
 
-        summary = upgrade_index(self.index, self.out, read_projection(self.head), head_spec=str(self.head))
+        summary = upgrade_index(**call_options(self))
         if self.json:
-            show_json(asdict(summary))
+            show_json(summary)
             return
         show_fields(spaced_names(asdict(summary)))
         head = quoted(self.head)
@@ -448,13 +417,11 @@ class CheckIndex:
 
     def run(self) -> None:
         """Check; a fault makes the command fail."""
-        from vlm.index.engines import check_index
+        from vlm.api.index_building import check_index
 
-        if self.sample < 1:
-            raise UsageError(f"--sample {self.sample} is out of range: give at least 1.")
-        report = check_index(self.index, sample=self.sample, seed=self.seed)
+        report = check_index(**call_options(self))
         if self.json:
-            show_json(asdict(report))
+            show_json(report)
         else:
             # the numbers of strays and faults in place of the lists, at the end
             counts = asdict(report)
@@ -480,14 +447,14 @@ class IndexInfo:
 
     def run(self) -> None:
         """Show the fields, and a row for each segment."""
-        from vlm.index.engines import open_engine_index
+        from vlm.api.index import open_index
 
-        index = open_engine_index(self.index)
-        info = asdict(index.info())
-        index.close()
+        with open_index(self.index) as index:
+            summary = index.info()
         if self.json:
-            show_json(info)
+            show_json(summary)
             return
+        info = asdict(summary)
         if info["engine"] == "faiss":
             del info["address"], info["collection"]
         # nested values, shown as tables of their own

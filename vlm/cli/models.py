@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlm.cli.options import JsonOption, ModelArgument
+from vlm.cli.options import JsonOption, ModelArgument, call_options
 from vlm.console import format_bytes, quoted, show_fields, show_json, show_table, spaced_names
 
 if TYPE_CHECKING:
@@ -94,16 +94,9 @@ class Export:
         """Export, then log how the other tool opens it."""
         from vlm.api.model_export import OnnxExport, export
 
-        result = export(
-            self.model,
-            self.out,
-            to=self.to,
-            precision=self.precision,
-            evaluate=self.evaluate,
-            max_recall_loss=self.max_recall_loss,
-        )
+        result = export(**call_options(self))
         if self.json:
-            show_json(result.to_json())
+            show_json(result)
             return
         fields = spaced_names(result.to_json())
         # show_fields has four decimals, and a difference of 1e-7 would be shown as 0.0000

@@ -3,15 +3,12 @@
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from vlm.cli.options import DeviceOption, JsonOption, ShardsArgument, WorkersOption
+from vlm.cli.options import DeviceOption, JsonOption, ShardsArgument, WorkersOption, call_options
 from vlm.console import quoted, show_fields, show_json, spaced_names
-
-if TYPE_CHECKING:
-    from vlm.train.dataset_reinforcement import Teachers
 
 logger = logging.getLogger(__name__)
 
@@ -78,50 +75,15 @@ class Reinforce:
 
     def run(self) -> None:
         """Load the models, write the shards, log how to train on them."""
-        from vlm.data.shards import expand_shards
-        from vlm.train.dataset_reinforcement import ReinforceConfig, reinforce
-        from vlm.train.teacher_views import ViewGeometry
+        from vlm.api.training import reinforce
 
-        config = ReinforceConfig(
-            num_views=self.views,
-            geometry=ViewGeometry(crop_scale=self.crop_scale, flip=self.flip),
-            seed=self.seed,
-            half=self.half,
-        )
-        shards = expand_shards(self.shards)
-        summary = reinforce(
-            shards,
-            self.out,
-            self._load_teachers(),
-            config,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            allow_damage=self.allow_damage,
-        )
+        summary = reinforce(**call_options(self))
         if self.json:
-            show_json(asdict(summary))
+            show_json(summary)
             return
         fields = {name: value for name, value in asdict(summary).items() if value != {}}
         show_fields(spaced_names(fields))
         logger.info(f"Next: vlm train … --data {quoted(self.out)} {self._train_flags()}")
-
-    def _load_teachers(self) -> "Teachers":
-        from vlm.models.load import load_model
-        from vlm.models.sentence_encoder import load_text_model
-        from vlm.train.dataset_reinforcement import Teachers
-
-        text_model = None
-        if self.text_model:
-            text_model = load_text_model(
-                self.text_model,
-                context_length=self.context_length,
-                pooling=self.pooling,
-                prompts=self.prompt,
-                device=self.device,
-                precision=self.precision,
-            )
-        teachers = [load_model(teacher, device=self.device, precision=self.precision) for teacher in self.teacher]
-        return Teachers(models=tuple(teachers), names=self.teacher, text_model=text_model, text_name=self.text_model)
 
     def _train_flags(self) -> str:
         # without a teacher only --text-model has stored something
