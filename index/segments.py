@@ -374,11 +374,13 @@ class SegmentView:
         """The given rows of this view; they are sorted."""
         allowed = self.segment.positions_of(rows)
         mask = np.zeros(len(self.segment), bool)
+        # a row that was deleted stays excluded, whatever the filter says
         mask[allowed] = True if self.mask is None else self.mask[allowed]
         return replace(self, mask=mask)
 
     def search(self, queries: Float32[Array, "Q D"], top: int) -> ScoredRows:
         """The nearest rows by FAISS, reranked where its scores are not exact, or by a scan (see the module)."""
+        # FAISS would fill the rest with -1, which the search below takes for rows it failed to find
         top = min(top, self.count)
         if self.uses_exact_scan(top):
             return self.scan(queries, top)
@@ -460,6 +462,7 @@ class SegmentView:
                 return segment.faiss_search(queries, top)
         # excluded rows are skipped, so more lists or nodes are read for as many comparisons
         selector = None if self.mask is None else load_faiss().IDSelectorBitmap(self.bitmap)
+        # both corrections multiply: fewer rows allowed, and more results wanted
         effort = segment.effort(self.count / len(segment) / depth)
         parameters = search_parameters(segment.index, selector=selector, effort=effort)
         return segment.index.search(queries, top, params=parameters)
@@ -482,6 +485,7 @@ def nearest(
     # bounds the memory of scans and reranking
     if len(queries) > _MAX_QUERIES:
         blocks: list[ScoredRows] = []
+        # blocks give what one call gives: queries do not influence each other
         for first in range(0, len(queries), _MAX_QUERIES):
             block = queries[first : first + _MAX_QUERIES]
             blocks.append(nearest(views, block, top, allowed_rows, exact_rows=exact_rows))

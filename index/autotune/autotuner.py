@@ -141,6 +141,7 @@ def autotune(
     """
     for kind in kinds:
         lookup(INDEX_TYPES, kind, "index kind")
+    # a misspelt type or queries of another model must fail before minutes of trials
     query_sources = _checked_query_sources(texts, images)
     sample = sample_queries(
         source,
@@ -160,6 +161,7 @@ def autotune(
     for candidate in CANDIDATE_CONFIGS:
         if not kinds or candidate.kind in kinds:
             autotuner.try_candidate(candidate)
+    # trials ran minutes apart, and the machine's load may have changed; those that may win are timed again in turn
     autotuner.time_head_to_head()
 
     best = select_trial(autotuner.trials, target, left_out=autotuner.left_out)
@@ -218,6 +220,7 @@ class _Autotuner:
         self._num_rows = num_rows
         self._seed = seed
         self._rows = sample.rows
+        # ground truth is computed once, as deep as any recall that is reported
         self._top = max(*SHOWN, target.at)
         self._eval_queries: list[QuerySet] = []
         for direction, vectors in sample.eval_queries.items():
@@ -248,6 +251,7 @@ class _Autotuner:
                 self.left_out[name] = f"needs {format_bytes(needed)}"
                 return
             built = TrialIndex(candidate, self._rows, seed=self._seed)
+        # too few rows for its lists, say: a reason to leave it out, not to give up
         except UsageError as error:
             self.left_out[name] = str(error).rstrip(".")
             return
@@ -255,6 +259,7 @@ class _Autotuner:
         trial, probe = self._measure(candidate, built)
         self._probes[len(self.trials)] = probe
         self.trials.append(trial)
+        # an index of the whole sample takes memory: those that can no longer win are let go
         for number in self._probes.keys() - contenders(self.trials):
             del self._probes[number]
         logger.info(
@@ -544,6 +549,7 @@ def verify_plan(index: Index, source: Embeddings, plan: Plan) -> VerificationRes
         for number, query in enumerate(queries):
             before = time.perf_counter()
             query_scores, _ = index.nearest(query[None], target.at)
+            # one query at a time: the target's latency is that of a user who waits for an answer
             seconds.append(time.perf_counter() - before)
             scores[number, : query_scores.shape[1]] = query_scores[0]
 

@@ -117,6 +117,7 @@ class FieldRegister:
         values: defaultdict[str, set[FieldValue]] = defaultdict(set)
         for name, value in metadata_fields(origin):
             values[name].add(value)
+        # a null gives no term, but its field must be known, or `is missing` would refuse its name
         for name, value in origin.metadata.items():
             if value is None and is_field(name):
                 self._number(sanitize_text(name))
@@ -126,10 +127,12 @@ class FieldRegister:
             prefix = f"f{self._note(name, of_field)}"
             terms.append(prefix)
             numbers = {number_key(value) for value in of_field if not isinstance(value, str)}
+            # sorted, so that the same metadata gives the same entity in every build
             texts = sorted(value for value in of_field if isinstance(value, str))
             instants = filter(None, map(instant_of, texts))
             for kind, keys in (("n", numbers), ("t", map(text_key, texts)), ("i", map(text_key, instants))):
                 _add_keys(f"{prefix}{kind}", sorted(set(keys)), terms, bounds)
+            # `like` has no term: it is compared with each text, so the first ones are stored one by one
             for position, text in enumerate(texts[:MOST_TEXTS]):
                 terms.append(f"{prefix}t_{position}")
                 bounds[f"{prefix}t_{position}"] = folded_key(text)
@@ -147,6 +150,7 @@ class FieldRegister:
         number = self._number(name)
         stored = self.fields[number]
         num_texts = sum(isinstance(value, str) for value in values)
+        # types only ever grow: a deleted row may have had one, and an older version may still be open on it
         has_number = "number" in stored.types or any(not isinstance(value, str) for value in values)
         has_text = "text" in stored.types or num_texts > 0
         types: tuple[FieldType, ...] = ("number", "text") if has_number and has_text else ("number",)
@@ -173,6 +177,7 @@ def _check_size(origin: Origin, terms: Sequence[str], bounds: Mapping[str, str])
             f"The metadata of {origin.uid!r} has {len(terms):,} values and fields; Milvus takes {_MOST_TERMS:,} of a "
             "row: leave out some columns, or long lists."
         )
+    # refused here, since a server's own error names no row
     for what, text in (("metadata", json.dumps(bounds)), ("captions and metadata", origin_text(origin))):
         if len(text) > _LONGEST_TEXT:
             raise UsageError(
@@ -201,6 +206,7 @@ def uid_digest(uid: str) -> str:
 def origin_text(origin: Origin) -> str:
     """What a row was made from, as JSON of ASCII; NaN and halves of surrogate pairs come back as they were."""
     values = asdict(origin)
+    # the number is the primary key already, and an edit inserts the same origin under another number
     values.pop("row", None)
     return json.dumps(values)
 
@@ -254,6 +260,7 @@ def create_collection(
     if not connection.address.is_local:
         for name in ("uid_digest", "died", "terms"):
             indexes.add_index(name, index_type="INVERTED")
+    # strong consistency: the manifest is written next, and its readers must see every row
     with connection.explained(f"cannot create {name}"):
         connection.client.create_collection(
             name, schema=schema, index_params=indexes, consistency_level="Strong", timeout=120.0
@@ -300,6 +307,7 @@ def _expression(condition: Condition, fields: Sequence[StoredField], numbers: di
             return f"not ({_has(prefix)})"
         case IsIn(values=values):
             instants = times_with_zone(condition)
+            # a time with a zone is looked for among instants, all else as it stands
             keys = ", ".join(f'"{_value_term(prefix, value, value in instants)}"' for value in values)
             return f"array_contains_any(terms, [{keys}])"
         case Compare():
@@ -336,6 +344,7 @@ def _like(pattern: str, prefix: str, field: StoredField) -> str:
     if key == "%":
         return _has(f"{prefix}t")
     operator = "like" if "%" in key else "=="
+    # only as many positions as any row ever had texts, to keep the expression short
     parts: list[str] = []
     for position in range(field.most_texts):
         name = f"{prefix}t_{position}"
@@ -378,6 +387,7 @@ class MilvusCatalogue(EngineCatalogue):
         Raises:
             VlmError: one is missing.
         """
+        # by number alone, without the version: results of a search may be read after a row was deleted
         entities = self._connection.fetch(
             self._collection, "row", sorted(set(rows)), ["row", "origin"], where="row >= 0"
         )
@@ -415,6 +425,7 @@ class MilvusCatalogue(EngineCatalogue):
         return self._selection(expression_of(condition, self._fields, optional_fields=optional_fields))
 
     def _selection(self, expression: str) -> FilteredRows:
+        # asked anew each time: the version's own expression refuses one that was compacted away meanwhile
         def whole() -> str:
             return f"{self._visible()} and ({expression})"
 
@@ -503,6 +514,7 @@ class MilvusCatalogue(EngineCatalogue):
             values = self._values(field, rows.expression if rows is not None else "row >= 0")
             counts = Counter(value for value, _ in values)
         else:
+            # a list of rows can be too long for an expression, so these are counted here
             counted = set(rows.tolist())
             counts = Counter(value for value, row in self._values(field, "row >= 0") if row in counted)
         ordered = sorted(counts.items(), key=lambda item: (-item[1], _in_order(item[0])))

@@ -116,6 +116,7 @@ def find_absent(name: str, data: SuiteData, root: Path) -> AbsentData | None:
         return None
     path = Path(address)
     is_there = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    # a pattern of shards such as {000..041}.tar is no path of its own
     if not is_there and not path.exists():
         try:
             is_there = bool(expand_shards(address))
@@ -144,6 +145,7 @@ def open_suite_data(name: str, data: SuiteData, root: Path, *, cache: Path | Non
     label, caption_lines = data.label, data.caption_lines
     if data.layout:
         label, caption_lines = _clip_benchmark_labels(Path(address), data)
+    # without options of its own an address may be shards, which are read in place instead of as a source
     is_plain = data.path != SCENES and options == SourceOptions(scenes=data.scenes)
     opened = open_evaluation_set(
         address,
@@ -178,6 +180,7 @@ def _clip_benchmark_labels(split: Path, data: SuiteData) -> tuple[str, bool]:
 def _held_out(
     opened: EvaluationSet, number: int, address: str, options: SourceOptions, cache: Path | None
 ) -> EvaluationSet:
+    # named by the content: another version of the data must not be split by this one's list
     key = compute_fingerprint(opened.digest, str(number))
     kept = cache / f"held-out-{key}.json" if cache else None
     if kept is not None and kept.is_file():
@@ -234,6 +237,7 @@ def read_averages(listed: Any, data: Sequence[str], evaluators: Sequence[str], w
             raise UsageError(
                 f"{place}: no entry evaluates by {average.evaluator!r}; {suggest(average.evaluator, list(evaluators))}"
             )
+        # a set named twice would count twice in the mean, and its variance as if independent
         if len(set(average.data)) < max(2, len(average.data)):
             raise UsageError(f"{place}: data = {list(average.data)} is no list of at least two different sets.")
         averages.append(average)
@@ -254,6 +258,7 @@ def average_figures(averages: Sequence[SuiteAverage], models: Sequence[ModelMeas
                 measurement = model.find(average.evaluator, name)
                 if measurement is not None:
                     values[name] = _value_of(measurement.values, average)
+            # a mean over fewer sets is another figure, so it is not given at all
             missing = tuple(name for name in average.data if name not in values)
             mean = None if missing else _mean(list(values.values()))
             figures.append(AverageFigure(name=average.name, model=model.model, value=mean, missing=missing))
@@ -273,8 +278,10 @@ def _mean(values: Sequence[Value]) -> Value:
     mean = math.fsum(value.value for value in values) / len(values)
     squares: list[float] = []
     for value in values:
+        # an interval that leaves out one set's uncertainty would look too narrow
         if value.low is None or value.high is None:
             return Value(value=mean)
+        # half the width is proportional to the standard error, and variances of independent sets add up
         squares.append(((value.high - value.low) / 2) ** 2)
     half_width = math.sqrt(math.fsum(squares)) / len(values)
     return Value(value=mean, low=mean - half_width, high=mean + half_width)
@@ -315,6 +322,7 @@ class SuiteEntry:
         Raises:
             UsageError: a setting does not fit.
         """
+        # sets and inner evaluators are named in the TOML and become objects only now, when the data is open
         evaluator_type = evaluator_class(self.evaluator)
         values = dict(self.settings)
         for name in _set_fields(evaluator_type):
@@ -329,6 +337,7 @@ class SuiteEntry:
     def needs_network(self) -> bool:
         """Whether it reads more of a model than unit vectors: captions, or features before the projection."""
         layer = self.settings.get("layer", getattr(evaluator_class(self.evaluator), "layer", ""))
+        # robustness reads of a model what the evaluator inside it reads
         is_inner = any(isinstance(value, SuiteEntry) and value.needs_network for value in self.settings.values())
         return self.evaluator in _OF_CAPTIONERS or layer == "pooled" or is_inner
 
@@ -400,6 +409,7 @@ def read_suite(name_or_file: str) -> Suite:
     Raises:
         UsageError: there is neither, the file is not TOML, a key is unknown, or a value does not fit.
     """
+    # a name of the package wins over a file of the same name: write ./NAME for the file
     if name_or_file in suite_names():
         folder = importlib.resources.files("vlm.evaluation").joinpath("suites")
         with importlib.resources.as_file(folder.joinpath(f"{name_or_file}.toml")) as path:
@@ -466,6 +476,7 @@ def _settings(evaluator: str, values: Mapping[str, Any], data: Mapping[str, Suit
         if key in set_fields:
             _check_set(value, data, where)
             settings[key] = value
+        # an evaluator within another is checked like an entry, but it gets its data from the outer one
         elif hints[key] is Evaluator:
             inner = {"evaluator": value} if isinstance(value, str) else dict(_table(value, f"{where}: {key}"))
             name = str(inner.pop("evaluator", ""))
@@ -483,6 +494,7 @@ def _check_set(name: Any, data: Mapping[str, SuiteData], where: str) -> None:
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:
+    # imported here: it is slow to load, and most evaluations name no suite
     from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
     try:
@@ -543,6 +555,7 @@ def evaluate_models(models: Iterable[EvaluatedModel], sets: OpenSets, *, seed: i
         UsageError: no set of the suite is there, or two models have the same name.
         VlmError: nothing at all could be measured.
     """
+    # nothing could be measured at all: said before a model is loaded
     if all(any(name in sets.absent for name in (*entry.named_sets(), *entry.data)) for entry in sets.suite.entries):
         first = next(iter(sets.absent.values()))
         raise UsageError(
@@ -589,6 +602,7 @@ def measure_model(model: EvaluatedModel, sets: OpenSets) -> Iterator[Measurement
             try:
                 evaluator = entry.build({other: sets.get(other) for other in needed[1:]})
                 yield _main_first(evaluator.run(model, sets.get(name)), entry.main)
+            # hours of other measurements must not be lost to one set that cannot be read
             except VlmError as error:
                 logger.warning(f"{entry.evaluator} on {name}: {error}")
                 yield FailedEvaluation(model=model.name, evaluator=entry.evaluator, data=name, error=str(error))

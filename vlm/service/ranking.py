@@ -44,6 +44,7 @@ class ScoredRanking:
 
     def ranks(self) -> Int64[Array, " N"]:
         """From 1; equals have the rank of the first of them, and as many are left out behind them."""
+        # competition ranking: the running maximum carries the rank of the first of a run of equals over the others
         is_new = np.append(np.ones(1, bool), self.scores[1:] != self.scores[:-1])[: len(self.rows)]
         return np.maximum.accumulate(np.where(is_new, np.arange(1, len(self.rows) + 1), 0))
 
@@ -64,6 +65,7 @@ def fuse_ranks(
     all_rows = np.concatenate([np.zeros(0, np.int64), *(ranking.rows for ranking in rankings)])
     ranks = np.concatenate([np.zeros(0), *(ranking.ranks() for ranking in rankings)])
     rows, positions = np.unique(all_rows, return_inverse=True)
+    # a row that one ranking lacks gets nothing from it
     scores = np.bincount(positions, 1 / (constant + ranks), len(rows))
     return rows, scores.astype(np.float32)
 
@@ -104,6 +106,7 @@ def diversify(
     """
     scaled = np.zeros(len(relevance), np.float32)
     spread = float(np.ptp(relevance)) if len(relevance) else 0.0
+    # equally relevant candidates all stay at 0: nothing but redundancy can decide between them
     if spread:
         scaled = (relevance - relevance.min()) / spread
     redundancy = np.zeros(len(relevance), np.float32)
@@ -218,6 +221,7 @@ class Ranker:
         # by cosine, then row: the cursor names the last row of the page, and `Ranking.behind` continues behind it
         if self.query.is_plain:
             page = page.take(np.lexsort((page.rows, -page.cosines)))
+        # each step gives one more than a page where it can, so a page that takes all is the last
         if len(page) == len(results):
             return page, ""
         cursor = Cursor(
@@ -267,6 +271,7 @@ class Ranker:
         """
         query = self.query
         depth = num_seen + query.top + 1
+        # reranking and diversity reorder a fixed head of the results, which must be whole even for a short page
         needed = max(depth, query.rerank_top, self.num_candidates if query.diversity else 0)
         results = self._deduplicated(needed, first_top)
         if self.reranker and num_seen < query.rerank_top:
@@ -326,6 +331,8 @@ class Ranker:
         return found.take(np.flatnonzero(found.cosines > found.cosines[-1] + _TIE)), False
 
     def _nearest(self, depth: int) -> Ranking:
+        # the index's own scores are dropped: single precision, and summed in an order that depends on how rows were
+        # found
         _, row_table = self.snapshot.nearest(self.query_vector[None], depth, self.allowed_rows)
         rows = row_table[0]
         cosines = self._cosines(rows)
@@ -338,6 +345,7 @@ class Ranker:
         by_cosine = ScoredRanking(rows=nearest_rows.rows, scores=nearest_rows.cosines)
         rows, fused = fuse_ranks([by_cosine, self._rank_words(self.num_candidates)])
         cosines = self._cosines(rows)
+        # fused scores are few sums of 1 / rank, so many rows share one: the cosine, then the row decides
         order = np.lexsort((rows, -cosines, -fused))
         return self._above_min_cosine(Ranking(rows=rows[order], cosines=cosines[order], fused=fused[order]))
 
