@@ -65,6 +65,7 @@ def embed_on_ray(
         VlmError: as `embed_into`, or a machine of the cluster does not see the folders.
     """
     started = time.perf_counter()
+    # here too, though only for its counts: a selection that does not fit must fail before the cluster starts
     options = replace(options, selection=read_selection(selection) if selection else None)
     model = replace(source, device="cpu").load()
     embedder = ShardEmbedder(model, EmbedPlan.make(model, shards, folders, options))
@@ -113,8 +114,10 @@ def _write_on_ray(
     samples = writer.num_samples(missing)
     with _begun(folders) as begun, progress(total=total, done=total - sum(samples), what=what, unit=" samples") as bar:
         open_worker = partial(_open_worker, open_writer, begun)
+        # tasks end in any order; each part is a file of its own, so that does not matter
         for task, _ in run_on_ray(open_worker, missing, cluster, name_of=shards.__getitem__):
             bar.update(samples[task])
+    # other processes wrote them, so this one's own count knows nothing of them
     writer.count_parts(missing)
 
 
@@ -143,10 +146,12 @@ def _begun(folders: Sequence[Path]) -> Iterator[_Begun]:
 def _open_worker(open_writer: Callable[[], _Writer], begun: _Begun) -> Callable[[int], None]:
     """In a process of the cluster: check its machine, load the model, and write parts by their numbers."""
     node = platform.node()
+    # another version may write another format, or other vectors
     if begun.version != __version__:
         raise UsageError(
             f"The machine {node} has vlm {__version__}, the command vlm {begun.version}; install the same everywhere."
         )
+    # a folder that is only local to that machine would swallow its parts
     for mark in begun.marks:
         check_shared(mark, node)
     writer = open_writer()
@@ -163,6 +168,7 @@ def _absolute(source: ModelSource) -> ModelSource:
 
 
 def _open_embedder(source: ModelSource, plan: EmbedPlan, selection: Path | None) -> ShardEmbedder:
+    # the name may mean other weights on that machine: its fingerprint decides
     model = source.load()
     _check_fingerprint(model, plan.inputs["model"])
     options = replace(plan.options, selection=read_selection(selection) if selection else None)

@@ -177,6 +177,7 @@ def _open_folder(out: Path, identity: dict[str, Any]) -> bool:
         if not fault:
             remove_leftovers(out)
             return True
+        # made again rather than refused: the folder says itself what it was made from
         logger.info(f"{out} was complete: {fault}. The damaged tables are made again.")
         mark_unfinished(out, kind=KIND, configuration=identity)
     return False
@@ -251,6 +252,7 @@ class ShardRecaptioner:
             numbers=range(len(plan)),
             workers=options.workers,
         )
+        # batches end with a shard, so that a table does not depend on which others were missing
         for number in missing:
             table = _Table(shards[number], number, counts[number])
             for batch in islice(batches, ceil(counts[number] / options.batch_size)):
@@ -310,11 +312,13 @@ class ShardRecaptioner:
         for part in parts:
             files |= part.files
             (path,) = part.files
+            # by this the loader notices a shard that was written anew since it was captioned
             fingerprint = open_index(part.shard).fingerprint
             shards.append(SidecarShard(part.shard, fingerprint, path, part.rows)._asdict())
         files[SKIPPED_JSONL] = record_file(out / SKIPPED_JSONL)
         manifest = Manifest(
             kind=KIND,
+            # of the contents, so that a run that trained with other captions is not resumed with these
             fingerprint=compute_fingerprint(identity["model"], *sorted_checksums(files)),
             counts={"samples": sum(part.rows for part in parts), "bad": len(skipped), "shards": len(parts)},
             configuration=identity,
@@ -373,6 +377,7 @@ class _Table:
 
     def add_batch(self, batch: EvalBatch, model: VisionLanguageModel, decoding: DecodingOptions) -> None:
         """Caption the images of a batch."""
+        # in the shard's order, so that the list is the same however many workers read
         failures = sorted([*batch.unread, *batch.undecoded], key=lambda failure: failure.sample_index.number)
         self._skipped += map(self._skip, failures)
         written = model.decode_captions(batch.images, decoding)
@@ -440,5 +445,6 @@ def _count_table(out: Path, part: Part, counts: _Counts) -> None:
         if texts:
             counts.captioned += 1
             counts.captions += len(texts)
+            # the first is the best: further captions are sampled or less likely, and their number differs
             counts.likelihood_sum += values[0]
             counts.texts.update(texts)

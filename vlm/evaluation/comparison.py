@@ -107,6 +107,7 @@ def compare(models: Sequence[ModelMeasurements], *, rng: np.random.Generator) ->
         raise UsageError(
             f"Models of the same name cannot be told apart: {', '.join(names)}; rename one of the folders."
         )
+    # intervals first: a report shows them beside differences, and they draw from the same generator in a fixed order
     complete: list[ModelMeasurements] = []
     for model in models:
         measurements = tuple(with_intervals(measurement, rng=rng) for measurement in model.measurements)
@@ -122,6 +123,7 @@ def with_intervals(measurement: Measurement, *, rng: np.random.Generator) -> Mea
     values: dict[str, Value] = {}
     for name, value in measurement.values.items():
         outcomes = sample_outcomes(measurement, name)
+        # an evaluator's own interval stays: it may cover what the column does not show, such as the choice of training images
         if outcomes is not None and value.low is None and value.high is None:
             keys, column = outcomes
             interval = mean_interval(column, rng=rng, clusters=_clusters(keys), share=is_share(name))
@@ -218,6 +220,7 @@ def _differences_of(
         baseline = first.find(measurement.evaluator, measurement.data)
         if baseline is None:
             continue
+        # a name is no proof: one folder may have grown between the two evaluations
         if baseline.data_digest != measurement.data_digest:
             raise UsageError(
                 f"{first.model} and {second.model} were measured on different images of {measurement.data!r} "
@@ -263,6 +266,7 @@ def _with_resampled(
     if of_first is None or of_second is None or first.samples is None or second.samples is None:
         return entry
     keys = first.samples[KEY].cast(pa.string())
+    # resamples are drawn by row number, so both tables must have the same rows in the same order
     if not len(keys) or not keys.equals(second.samples[KEY].cast(pa.string())):
         return entry
     tested = paired_statistic_difference(
@@ -283,6 +287,7 @@ def _adjusted(differences: Sequence[ValueDifference], baseline: ModelMeasurement
     p_values: list[float] = []
     for number, entry in enumerate(differences):
         measurement = baseline.find(entry.evaluator, entry.data)
+        # tests of every value would need a correction so strict that nothing is significant any more
         is_main = measurement is not None and next(iter(measurement.values)) == entry.value
         if is_main and entry.p is not None:
             numbers.append(number)
@@ -297,6 +302,7 @@ def _shared_rows(first: pa.ChunkedArray, second: pa.ChunkedArray) -> tuple[Int64
     if first.equals(second):
         rows = np.arange(len(first))
         return rows, rows
+    # keys repeat where an image has several rows, so each is numbered within its key
     row_of = {name: row for row, name in enumerate(_numbered(first.to_pylist()))}
     first_rows: list[int] = []
     second_rows: list[int] = []

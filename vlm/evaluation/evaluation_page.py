@@ -163,6 +163,7 @@ def evaluation_page(
     sections: list[_Section] = []
     for number, (evaluator, data) in enumerate(comparison.measured()):
         sections.append(_section(comparison, names, number, evaluator, data, thumbnails, explain, rng))
+    # figures differ in the last digits between versions, so a reader needs these to repeat them
     libraries = f"Python {platform.python_version()}, torch {_torch_version()}, numpy {np.__version__}"
     return render(
         "evaluation_page.html",
@@ -194,6 +195,7 @@ def short_names(names: Sequence[str]) -> list[str]:
         return [only[-2] if only[-1] == "model" and len(only) > 1 else only[-1]]
     shortest = min(map(len, parts))
     skipped = 0
+    # at least one part must stay of each name, even where all of them are equal
     while skipped < shortest - 1 and len({tuple(part[: skipped + 1]) for part in parts}) == 1:
         skipped += 1
     parts = [part[skipped:] for part in parts]
@@ -290,6 +292,7 @@ def _value_rows(
             if value is None:
                 cells.append(_Cell())
                 continue
+            # chance belongs to the set, not to the model: the first one that has it speaks for all
             chance = value.chance if chance is None else chance
             cells.append(_cell(name, value, comparison.find(evaluator, data, name, model.model)))
         shown_chance = "" if chance is None else format_figure(name, chance)
@@ -353,6 +356,7 @@ def _verdict(name: str, difference: ValueDifference) -> str:
     if not difference.is_significant:
         return ""
     lowered = name.lower()
+    # by name, since a value does not say its direction: mean_reciprocal_rank grows, mean_rank falls
     is_lower_better = (lowered.endswith("rank") and "reciprocal" not in lowered) or any(
         word in lowered for word in ("error", "drop", "attack")
     )

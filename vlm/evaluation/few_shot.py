@@ -60,6 +60,7 @@ def neighbour_votes(
         raise UsageError(f"{neighbours} neighbours cannot vote: give 1 or more; {NEIGHBOURS} are usual.")
     if not temperature > 0:
         raise UsageError(f"A temperature of {temperature:g} is not above 0: {TEMPERATURE} is usual.")
+    # transposed once: each block's product then reads memory in order
     candidates = np.ascontiguousarray(unit_rows(train.features.astype(np.float32)).T)
     queries = unit_rows(features.astype(np.float32))
     votes = np.zeros((len(queries), len(train.classes)))
@@ -85,6 +86,7 @@ def _add_votes(
     temperature: float,
 ) -> None:
     num_train = cosines.shape[1]
+    # a partition, not a sort: the order among the nearest decides nothing
     nearest = np.argpartition(cosines, num_train - neighbours, axis=1)[:, num_train - neighbours :]
     nearest_cosines = np.take_along_axis(cosines, nearest, axis=1)
     last = nearest_cosines.min(axis=1, keepdims=True)
@@ -120,6 +122,7 @@ def class_mean_cosines(train: LabelledFeatures, features: Float[Array, "N D"]) -
     sums = np.zeros((len(train.classes), vectors.shape[1]))
     np.add.at(sums, train.labels, vectors)
     cosines = unit_rows(features.astype(np.float64)) @ unit_rows(sums).T
+    # a zero vector's cosine is 0, which would rank before classes that are really unlike
     cosines[:, np.bincount(train.labels, minlength=len(train.classes)) == 0] = -1.0
     return cosines
 
@@ -238,10 +241,12 @@ def crossed_interval(hits: Float64[Array, "S N"], *, rng: np.random.Generator) -
     """
     per_image = hits.mean(axis=0)
     num_seeds = len(hits)
+    # one seed says nothing of seeds; equal hits have the exact interval of a share, where resampling gives width 0
     if num_seeds == 1 or (hits == hits[0, 0]).all():
         return mean_interval(per_image, rng=rng, share=True)
 
     def draw(counts: Int64[Array, "B N"]) -> Float[Array, " B"]:
+        # one draw of seeds for each draw of images: the two factors of the pigeonhole bootstrap
         seed_weights = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=len(counts)) / num_seeds
         return (counts * (seed_weights @ hits)).sum(axis=1) / counts.sum(axis=1)
 
@@ -345,6 +350,7 @@ class FewShot:
             return train, None
         if self.validation is not None:
             return train, read_probe_data(model, self.train, self.validation, layer=self.layer).test
+        # a fixed seed, so that all sizes and all models are tuned on the same images
         return hold_out(train, share=0.2, rng=np.random.default_rng(0))
 
     def _measure(
@@ -353,6 +359,7 @@ class FewShot:
         subsets: list[LabelledFeatures] = []
         for seed in range(self.seeds):
             subsets.append(train.take(nested_subset(train.labels, size, seed=seed)))
+        # with the first seed's images only: chosen anew for each seed, a search would cost most of the time
         strength = None if validation is None else search_strength(subsets[0], validation)[0].strength
         score = self._scorer(strength)
         hits = np.stack([expected_hits(score(subset, test.features), test.labels) for subset in subsets])

@@ -152,6 +152,7 @@ class Robustness:
             UsageError: there is nothing to edit, the evaluator has no such metric or no samples, or the set lacks what
                 an edit needs (labels, scenes).
         """
+        # evenly spread, because sets are often sorted by class
         if 0 < self.max_images < len(data):
             data = data.select(np.linspace(0, len(data) - 1, self.max_images).round().astype(np.int64))
         written = self._wrong_names(data)
@@ -193,6 +194,7 @@ class Robustness:
         edit_view = replace(view, size=self.pixels or view.size)
 
         def edited(edit: PixelEdit | None, *parts: str) -> EvaluationSet:
+            # the name decides which cached features are used, so all that decides over the pixels is in it
             name = compute_fingerprint(edit_view.identity(), repr(edit), *parts)
             return data.altered(name, EditedView(view=edit_view, edit=edit))
 
@@ -214,6 +216,7 @@ class Robustness:
             raise UsageError(f"There are no edits {self.edits!r}; {suggest(self.edits, list(EDIT_FAMILIES))}")
         if not variants:
             raise UsageError(f"No {self.edits} are asked for: name one or more.")
+        # clean images go through the same two resizes, so that the drop is that of the edit alone
         return edited(None), variants
 
     def _scene_variants(self, data: EvaluationSet) -> tuple[EvaluationSet, list[_Variant]]:
@@ -223,6 +226,7 @@ class Robustness:
             check_labels_survive(data, fact)
             edit = SceneEdit(scenes=scenes, fact=fact, seed=self.seed)
             variants.append(_Variant(fact, "", data.altered(repr(edit), edit)))
+        # drawn again too, unedited, so that the two differ in nothing but the edited fact
         redrawn = SceneEdit(scenes=scenes, fact=None, seed=self.seed)
         return data.altered(repr(redrawn), redrawn), variants
 
@@ -241,6 +245,7 @@ class Robustness:
                 f"Scenes are edited for classification, which {self.of.name!r} is not: captions would no longer be "
                 "true of the edited images."
             )
+        # tables of several metrics have rows that are of no account for this one
         has_outcome = samples.column(metric).is_valid()
         rows = samples.filter(has_outcome)
         predictions = rows.column("prediction").to_pylist() if is_classifier else None
@@ -326,10 +331,12 @@ def _values(
     edited = values["edited"]
     values["mean_error"] = Value(
         value=1 - edited.value,
+        # the ends change places: the highest accuracy is the lowest error
         low=None if edited.high is None else 1 - edited.high,
         high=None if edited.low is None else 1 - edited.low,
         chance=None if edited.chance is None else 1 - edited.chance,
     )
+    # a ratio of two means is no mean over samples, so it is resampled as a whole
     relative = _statistics(columns)["relative_drop"].of_counts
     interval = statistic_interval(relative, len(clean.keys), rng=rng, clusters=clean.keys)
     values["relative_drop"] = Value(value=interval.value, low=interval.low, high=interval.high)

@@ -101,6 +101,7 @@ class SentencePairs:
                 f"names such as {data.keys[0]!r}."
             )
         used, images = model.image_features(data.select(sorted(set(row_of.values()))))
+        # images that cannot be read have gone, and with them the rows have moved
         row_of = _rows_of_images(pairs, used)
         present = [pair for pair in pairs if all(image in row_of for image in pair.images)]
         if not present:
@@ -129,6 +130,7 @@ class SentencePairs:
         statistics: dict[str, SampleStatistic] = {}
         chance = _chance(pairs)
         for category, rows in ({"": np.arange(len(pairs))} | categories).items():
+            # pairs of one image are not independent: whole images are drawn again
             images = np.array(keys)[rows]
             for name, of_pair in outcomes.items():
                 interval = mean_interval(of_pair[rows], rng=rng, clusters=images, share=True)
@@ -140,6 +142,7 @@ class SentencePairs:
             scores = {name: float(of_pair[rows].mean()) for name, of_pair in outcomes.items()}
             by_category[category] = CategoryScores(num_pairs=len(rows), scores=scores)
         if by_category:
+            # of the first score only, the main one
             first = next(iter(outcomes))
             category_of = np.unique([pair.category for pair in pairs], return_inverse=True)[1]
             statistics["mean_per_category"] = mean_of_groups(outcomes[first], category_of, np.arange(len(pairs)))
@@ -185,6 +188,7 @@ def _samples(pairs: list[SentencePair], keys: list[str], outcomes: Mapping[str, 
     for name, of_pair in outcomes.items():
         columns[name] = of_pair
         for category, rows in _rows_by_category(pairs).items():
+            # null, not 0, outside the category: a column is averaged over its own rows alone
             is_other = np.ones(len(pairs), bool)
             is_other[rows] = False
             columns[f"{category}/{name}"] = pa.array(of_pair, mask=is_other)
@@ -297,6 +301,7 @@ def _rows_of_images(pairs: Sequence[SentencePair], data: EvaluationSet) -> dict[
     """The row of each image that the pairs name: by its key, else by file name or stem, as keys have no suffix."""
     rows_by_part: dict[str, int] = {}
     for row, key in enumerate(data.keys):
+        # the first of a name wins; two folders with the same file name are told apart by the whole key only
         rows_by_part.setdefault(PurePosixPath(key).name, row)
         rows_by_part.setdefault(PurePosixPath(key).stem, row)
     rows: dict[str, int] = {}
@@ -338,6 +343,8 @@ def _pair_scores(
         first += len(pair.sentences)
         rows: Int64[Array, " I"] = np.array([row_of[image] for image in pair.images])
         products = images[rows].astype(np.float64)[:, None] * sentences[None]
+        # not a matrix product: BLAS sums in an order that depends on shapes, so that equal sentences could differ by a
+        # bit
         yield np.add.reduce(products, axis=2)
 
 
@@ -356,6 +363,7 @@ def winoground_scores(scores: Float64[Array, "P 2 2"]) -> dict[str, Float64[Arra
     true image does. group_score: all four, which is that both true scores are above both false ones.
     """
     true_0, false_0, false_1, true_1 = scores.reshape(len(scores), 4).T
+    # all four comparisons hold if the lower true score is above the higher false one
     lowest = np.minimum(true_0, true_1)
     highest = np.maximum(false_0, false_1)
     num_true = (true_0 == highest).astype(int) + (true_1 == highest)
