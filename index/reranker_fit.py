@@ -119,12 +119,15 @@ def read_rows(embeddings: Embeddings, options: FitOptions) -> CaptionedRows:
     if embeddings.space.modality != "image":
         raise UsageError(f"{embeddings.folder} holds texts; embed the images with --modality image.")
     number = min(len(embeddings), options.max_images)
+    # evenly spread over the folder, so that sorted data loses no kind of image
     rows = np.unique(np.linspace(0, len(embeddings) - 1, number).astype(np.int64))
     places = {row: place for place, row in enumerate(rows.tolist())}
     captions: list[str] = []
     image_of: list[int] = []
     for row, origin in enumerate(embeddings.origins()):
         if row in places:
+            # one language only: captions of the same image in another would count as wrong answers to each other's
+            # texts
             first = options.language or next(iter(origin.captions), "")
             for caption in origin.captions.get(first, ()):
                 captions.append(caption)
@@ -162,9 +165,11 @@ def fit_poly_encoder(model: VisionLanguageModel, embeddings: Embeddings, options
 
     states, _, _ = token_states(model, fitting.captions[:1])
     size = PolyEncoderSize(codes=options.codes, width=states.shape[-1], dimension=embeddings.dimension)
+    # the network draws its weights from the global generator
     torch.manual_seed(options.seed)
     network = PolyEncoder(size, cosine_weight=model.logit_scale).to(model.device)
     before = measure(model, network, held_out, options.candidates, by_cosine=True)
+    # epoch 0 is a candidate as well: a fit that makes things worse leaves the untrained weights
     best = (measure(model, network, held_out, options.candidates)["mrr"], 0, copy.deepcopy(network.state_dict()))
     for epoch in _train(model, network, fitting, options, generator):
         after = measure(model, network, held_out, options.candidates)
@@ -245,6 +250,7 @@ def nearest_candidates(model: VisionLanguageModel, rows: CaptionedRows, number: 
     for first, vectors in _text_blocks(model, rows.captions):
         cosines = vectors @ rows.images.T
         for row, group in enumerate(rows.groups[first : first + len(vectors)].tolist()):
+            # images with the same caption are right answers, so they must not be taught as wrong ones
             cosines[row, shared[group]] = -torch.inf
         own = rows.image_of[first : first + len(vectors), None]
         own_cosines = (vectors * rows.images[own[:, 0]]).sum(dim=1, keepdim=True)
@@ -271,12 +277,14 @@ def measure(
         if not by_cosine:
             states, mask, unit = token_states(model, texts)
             scores = network(states, mask, unit, rows.images[nearest].to(states.device)).cpu()
+            # stable, so that equal scores stay in the order of their cosines
             nearest = nearest.gather(1, scores.argsort(dim=1, descending=True, stable=True))
         for row, group in enumerate(rows.groups[first : first + len(vectors)].tolist()):
             is_right = torch.isin(nearest[row], shared[group])
             if is_right.any():
                 rank = int(is_right.float().argmax())
                 first_right += rank == 0
+                # a caption whose image is not among the candidates adds nothing: reranking cannot bring it back
                 reciprocal += 1 / (rank + 1)
         done += len(vectors)
     return {"recall@1": first_right / done, "mrr": reciprocal / done}

@@ -222,6 +222,7 @@ class Model:
         Raises:
             UsageError: it is an ONNX export.
         """
+        # an export has unit vectors and nothing of the network behind them
         if isinstance(self._encoder, OnnxEncoder):
             raise UsageError(f"{self.name} was loaded from its ONNX export; load it with backend='torch' for this.")
         return self._encoder
@@ -281,6 +282,7 @@ class Model:
         """
         self._check_images()
         named = name_images(images)
+        # NaN marks what was skipped: zeros would pass for a vector in a product
         rows = np.full((len(named), self.embedding_size), np.nan, np.float32)
         for usable, vectors, _ in self._embedded(named, batch_size, on_error):
             rows[usable] = vectors
@@ -351,6 +353,7 @@ class Model:
         """
         self._check_images()
         prompts = read_prompts(classes, templates, class_descriptions)
+        # a threshold of another model is refused before images are read
         rule = self._reject_rule(reject, list(prompts))
         if top < 1:
             raise UsageError(f"top = {top} is out of range: give 1 or more.")
@@ -396,6 +399,7 @@ class Model:
         Raises:
             UsageError: the model has no caption decoder, or an image cannot be used.
         """
+        # only for captions: an export classifies and embeds without torch
         import torch
 
         encoder = self.encoder
@@ -408,6 +412,7 @@ class Model:
                 _warn(batch.errors)
                 written = encoder.decode_captions(torch.from_numpy(batch.pixels), options, has_attention=attention)
                 rows = written.embeddings.tolist() if embeddings else [()] * len(batch.usable)
+                # by number, since the batch holds only the usable images of its range
                 captioned: dict[int, ImageCaption] = {}
                 for number, captions, row in zip(batch.usable, written.captions, rows, strict=True):
                     scored = tuple(_scored(caption, self.tokenizer) for caption in captions)
@@ -440,6 +445,7 @@ class Model:
         rule = reject if reject is None or isinstance(reject, RejectRule) else read_reject_rule(reject)
         if rule is not None:
             rule.check_model(self.fingerprint)
+            # the threshold is of the largest cosine with any class, which grows with the number of classes
             if rule.classes and set(rule.classes) != set(names):
                 logger.warning(
                     f"The reject threshold was measured with {len(rule.classes)} other classes "

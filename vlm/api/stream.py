@@ -146,6 +146,7 @@ class TrainingReading:
         """From the position to the end of its pass."""
         if self.length is None:
             return range(position, position + _ENDLESS)
+        # a position at the end of a pass is the start of the next one
         return range(position, (position // self.length + 1) * self.length)
 
     def rows(self, batch: TrainingBatch) -> PairRows:
@@ -219,6 +220,7 @@ class EvaluationReading:
         )
 
     def _first_text(self, captions: Captions) -> str:
+        # a sample without captions of these languages is still an image to evaluate on
         try:
             selected = select_languages(captions, self.languages)
         except BadSample:
@@ -308,6 +310,7 @@ class SampleStream:
         return self._reading.length
 
     def __iter__(self) -> Iterator[StreamBatch]:
+        # a second loop over the same stream would read ahead beside the first one's workers
         self.close()
         self._batches = self._open()
         return self._batches
@@ -343,6 +346,7 @@ class SampleStream:
         self.num_failures = num_failures
         self._is_between_passes = bool(state.get("is_between_passes", True))
         length = self._reading.length
+        # a state saved in the body of the last batch: the pass is over, though its loop had not ended
         self._is_rest_empty = not self._is_between_passes and length is not None and position % max(length, 1) == 0
 
     def close(self) -> None:
@@ -384,6 +388,7 @@ class SampleStream:
                 self._position += 1
                 self._is_between_passes = False
                 self.num_failures += len(rows.failures)
+                # a batch of which no sample can be used is counted, but a loop cannot do anything with it
                 if rows.keys:
                     yield self._finished(rows)
         finally:

@@ -123,7 +123,7 @@ def with_intervals(measurement: Measurement, *, rng: np.random.Generator) -> Mea
     values: dict[str, Value] = {}
     for name, value in measurement.values.items():
         outcomes = sample_outcomes(measurement, name)
-        # an evaluator's own interval stays: it may cover what the column does not show, such as the choice of training images
+        # an evaluator's own interval stays: it may cover more, such as the choice of training images
         if outcomes is not None and value.low is None and value.high is None:
             keys, column = outcomes
             interval = mean_interval(column, rng=rng, clusters=_clusters(keys), share=is_share(name))

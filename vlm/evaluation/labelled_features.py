@@ -60,8 +60,10 @@ def read_probe_data(model: EvaluatedModel, train: EvaluationSet, test: Evaluatio
             fewer than two classes, or the model gives no features of that layer.
         VlmError: features are not finite: the model has diverged.
     """
+    # labels are checked before any image is embedded
     train_labels = _single_labels(train)
     test_labels = _single_labels(test)
+    # sorted, so that the number of a class does not depend on the order of the images
     classes = tuple(sorted(set(train_labels)))
     unseen = sorted(set(test_labels) - set(classes))
     if unseen:
@@ -79,6 +81,7 @@ def read_probe_data(model: EvaluatedModel, train: EvaluationSet, test: Evaluatio
     train_set, train_features = model.image_features(train, layer=layer)
     test_set, test_features = model.image_features(test, layer=layer)
     return ProbeData(
+        # of the sets that came back: images that cannot be read have gone, and with them the rows have moved
         train=_numbered(train_features, train_set, classes),
         test=_numbered(test_features, test_set, classes),
         keys=test_set.keys,
@@ -123,6 +126,7 @@ def hold_out(
         raise UsageError(f"A validation share of {share:g} leaves nothing to train or to validate on: 0.2 is usual.")
     validation: list[Int64[Array, " M"]] = []
     for order in class_orders(data.labels, rng):
+        # a class keeps at least one image to learn from
         size = min(max(1, round(share * len(order))), len(order) - 1)
         validation.append(order[: max(size, 0)])
     rows = np.sort(np.concatenate(validation))
@@ -139,18 +143,21 @@ def hold_out(
 def unit_rows(features: Float[Array, "N D"]) -> Float[Array, "N D"]:
     """Each vector divided by its length; vectors of zeros stay."""
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    # the least positive number, so that nothing but zeros is changed by it
     return features / np.maximum(lengths, np.finfo(features.dtype).tiny)
 
 
 def is_best(scores: Float[Array, "N K"]) -> Bool[Array, "N K"]:
     """Which classes have an image's highest score; those within a millionth of its largest magnitude are tied."""
     magnitudes = np.where(np.isfinite(scores), np.abs(scores), 0.0)
+    # relative, since logits and cosines differ in size by orders of magnitude
     tolerance = _TIE * magnitudes.max(axis=1, keepdims=True)
     return scores >= scores.max(axis=1, keepdims=True) - tolerance
 
 
 def expected_hits(scores: Float[Array, "N K"], labels: Int64[Array, " N"]) -> Float64[Array, " N"]:
     """Probability that each image's class is the one of the highest score, ties resolved by lot."""
+    # a model that says the same of everything gets chance, not the first class for free
     best = is_best(scores)
     return best[np.arange(len(labels)), labels] / best.sum(axis=1)
 

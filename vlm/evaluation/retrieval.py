@@ -107,6 +107,7 @@ class Retrieval:
         for language in self._several_languages(combined):
             scope = combined.of_language(language)
             values |= scope.values(rng)
+            # the statistics name rows of the whole table, so each scope begins where those before it end
             statistics |= scope.medians(sum(map(len, tables)))
             tables.append(scope.samples())
             by_language[language] = scope.result()
@@ -144,6 +145,7 @@ class Retrieval:
         languages = self.languages
         if languages == (ALL_LANGUAGES,):
             # captions of no named language count as the first one named
+            # a dictionary, not a set: languages keep the order in which the data names them
             held = dict.fromkeys(language for captions in data.captions for language in captions)
             languages = tuple(filter(None, held))
         by_image = [_select_captions(captions, languages, self.captions_each) for captions in data.captions]
@@ -257,7 +259,9 @@ class _Scope:
         """The figures of both directions, with intervals by image and what chance gives."""
         values: dict[str, Value] = {}
         for direction, counts in self.counts.items():
+            # chance by the same code, for the same numbers of positives: it is no 1/N where captions are shared
             by_chance = query_values(chance_counts(counts.num_positives, counts.num_candidates))
+            # captions of one image are not independent, so whole images are drawn again
             images = self._images_of(direction)
             for name, of_query in self.query_values[direction].items():
                 interval = _rank_interval(of_query, images, rng) if name == "rank" else _interval(of_query, images, rng)

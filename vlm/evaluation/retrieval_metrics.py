@@ -58,6 +58,7 @@ class Ranks:
         C(tied_negatives, j) / C(tied_negatives + tied_positives, j).
         """
         positions_left = np.maximum(k - self.above, 0)
+        # binomials themselves overflow from a thousand candidates on
         miss = np.ones(len(positions_left))
         # the quotient of binomials, one factor for each position
         for position in range(int(positions_left.max(initial=0))):
@@ -65,6 +66,7 @@ class Ranks:
             tied = np.maximum(self.tied_negatives + self.tied_positives - position, 1)
             is_open = position < positions_left
             miss = np.where(is_open, miss * negatives / tied, miss)
+            # no query can miss any more: the factors after this are zero
             if not miss[is_open].any():
                 break
         return 1.0 - miss
@@ -83,6 +85,7 @@ class Ranks:
         Among n negatives and p positives the first j are negatives, and the next is not, with probability
         p / (n + p) · (n / (n + p - 1)) · … · ((n - j + 1) / (n + p - j)).
         """
+        # queries share few different triples, and the series is summed once for each
         triples = np.stack([self.above, self.tied_negatives, self.tied_positives])
         different, query_of = np.unique(triples, axis=1, return_inverse=True)
         values = np.empty(different.shape[1])
@@ -102,8 +105,10 @@ def average_precision(counts: RankCounts) -> Float[Array, " Q"]:
     positives are expected up to it.
     """
     groups = _TiedGroups.from_counts(counts)
+    # a group of one has no others; its precision is computed apart below
     others = np.maximum(groups.size - 1, 1)
     slope = (groups.positives - 1) / others
+    # sums of 1 / (n + i) are differences of harmonic numbers, so a group costs two look-ups whatever its size
     harmonic = np.append(0.0, np.cumsum(1.0 / np.arange(1, counts.num_candidates + 1)))
     # the sum of (a + (i-1)·slope) / (n + i) over i, with the part that does not depend on i taken out
     constant = groups.positives_before + 1 - slope * (groups.before + 1)
@@ -122,9 +127,11 @@ def normalised_gain(counts: RankCounts, k: int) -> Float[Array, " Q"]:
     counts: of every positive. Source: Järvelin and Kekäläinen 2002, with the discount of Burges et al. 2005.
     """
     groups = _TiedGroups.from_counts(counts)
+    # a tied group's discounts are averaged over its places, cut off at k
     discounts = np.append(0.0, np.cumsum(1.0 / np.log2(np.arange(2, k + 2))))
     places = discounts[np.minimum(groups.before + groups.size, k)] - discounts[np.minimum(groups.before, k)]
     gain = groups.sum_by_query(groups.positives / groups.size * places)
+    # the best order has all positives first: its gain is the sum of so many discounts
     return gain / discounts[np.minimum(groups.positives_by_query(), k)]
 
 
@@ -319,6 +326,7 @@ class FlatCaptions:
         columns = np.arange(len(self.texts))
         if same_text == "negative":
             return PositivePairs(rows=self.images, columns=columns)
+        # equal texts share a number: an image of any of them is right for all
         numbers: dict[str, int] = {}
         text_of = np.fromiter((numbers.setdefault(text, len(numbers)) for text in self.texts), np.int64)
         # the images of each text, each once, in the order of the texts

@@ -116,6 +116,7 @@ class ZeroShotClassification:
         """
         # templates of a set are not what was asked for where descriptions are
         templates = self.templates or (() if self.class_descriptions else data.templates)
+        # the set's own list also has classes without an image, which make the task harder
         class_names = self.class_names or data.class_names or tuple(data.candidates)
         languages = class_texts(class_names, templates, self.class_descriptions)
         data, images = model.image_features(data)
@@ -123,6 +124,7 @@ class ZeroShotClassification:
         if not any(truths):
             raise UsageError("There is no image with a class to evaluate on.")
         classified: list[_Classified] = []
+        # images are embedded once; a language costs only its texts
         for texts in languages:
             classifier = text_classifier(model, texts)
             ranking = rank_classes(images, classifier, truths, logit_scale=model.logit_scale)
@@ -236,6 +238,7 @@ def _mean_average_precision(
 
 
 def _precision_statistic(images: Float32[Array, "N D"], result: _Classified, truths: LabelSets) -> SampleStatistic:
+    # a class without images has no precision, so it is left out of the mean
     present = np.flatnonzero(label_matrix(truths, len(result.texts.names)).any(axis=0))
     number_of = {number: position for position, number in enumerate(present.tolist())}
     of_present = [[number_of[number] for number in classes] for classes in truths]
@@ -385,6 +388,7 @@ def open_labelled_set(url: str, *, label: str, class_names: str | Sequence[str] 
     class_list = class_texts(class_names)[0].class_list if class_names else ()
     if holds_shards(url):
         return open_evaluation_set(url, label=label, class_names=class_list)
+    # what is no source of a known kind is tried as class folders next, and their error says what was expected
     with contextlib.suppress(UsageError):
         if open_source(url).describe()["kind"] == "table":
             return open_evaluation_set(url, label=label)

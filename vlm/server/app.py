@@ -145,6 +145,7 @@ class Service:
         query = request.to_query()
         uploads = [image for image in query.images if isinstance(image, bytes)]
         checked_uploads(uploads, self.limits.max_pixels)
+        # checked here, where a refusal is of this request alone, not of the whole batch it would join
         query.check()
         return query
 
@@ -156,6 +157,7 @@ class Service:
 
     async def close(self) -> None:
         """Answer what was accepted, then release the indexes."""
+        # batches first: their answers still need the indexes open
         for batcher in (*self.batchers.values(), *self.explainers.values()):
             await batcher.close()
         for changes in self.changes.values():
@@ -169,6 +171,7 @@ def _explain(index: ServedIndex, requests: Sequence[Explained]) -> list[dict[str
     for image, request in requests:
         try:
             answers.append(index.explain(image, request))
+        # one request's mistake must not be the answer to the others of its batch
         except VlmError as error:
             answers.append(error)
     return answers
@@ -200,6 +203,7 @@ def create_app(service: Service) -> App:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # not awaited: the server answers /health at once, and /ready says when the models are there
         warming = asyncio.create_task(service.warm_up())
         yield
         warming.cancel()
@@ -214,6 +218,7 @@ def create_app(service: Service) -> App:
         redoc_url=None,
         openapi_url=f"{API}/openapi.json",
     )
+    # before any route is added, since a route takes the class at that moment
     api.router.route_class = json_route(service.limits.max_values)
     _add_error_handlers(api)
     add_search_routes(api, service)
@@ -275,6 +280,7 @@ def _add_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         faults: list[str] = []
+        # a body of a thousand wrong values would otherwise be answered by a thousand sentences
         for fault in error.errors()[:5]:
             where = ".".join(str(part) for part in fault["loc"] if part != "body")
             faults.append(f"{where}: {fault['msg']}" if where else str(fault["msg"]))
@@ -314,6 +320,7 @@ def add_search_routes(api: FastAPI, service: Service) -> None:
         for answer in answers:
             if isinstance(answer, VlmError):
                 results.append({"error": str(answer)})
+            # a fault of ours, not of the query: the request ends as any other does
             elif isinstance(answer, BaseException):
                 raise answer
             else:
@@ -352,6 +359,7 @@ def add_item_routes(api: FastAPI, service: Service) -> None:
     @api.post(f"{API}/indexes/{{name}}/map", responses=PROBLEMS, response_model=schemas.MapAnswer)
     async def points(name: str, request: schemas.MapRequest) -> Response:
         """A region of the map that vlm index map made: more of its rows the nearer it is looked at."""
+        # an unknown name is answered by 404 here, not by the KeyError of the next line
         service.index(name)
         return reply(await in_thread(service.maps[name].answer, request))
 
@@ -454,6 +462,7 @@ def add_change_routes(api: FastAPI, service: Service) -> None:
         delete_all = functools.partial(
             delete_rows, index, request.uids, request.where, dry_run=request.dry_run, expect=request.expect
         )
+        # a dry run changes nothing, so it need not wait for its turn
         if request.dry_run:
             return reply(await in_thread(delete_all))
         return reply(await service.changes[name].run(delete_all))
@@ -480,6 +489,7 @@ def add_operation_routes(api: FastAPI, service: Service) -> None:
         for name, index in service.indexes.items():
             try:
                 milliseconds[name] = round(await in_thread(index.check_ready), 3)
+            # without the reason: it may name paths, and this needs no token
             except VlmError:
                 return reply({"status": "not ready", "index": name}, 503)
         return reply({"status": "ready", "milliseconds": milliseconds})

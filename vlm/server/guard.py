@@ -86,6 +86,7 @@ class Tokens:
         """What the bearer of an Authorization header may do."""
         scheme, _, token = authorization.partition(" ")
         token = token.strip() if scheme.lower() == "bearer" else ""
+        # without tokens to read every request may read, yet writing needs a token even then
         if token and _is_among(token, self.write):
             return "write"
         if not self.read or (token and _is_among(token, self.read)):
@@ -110,7 +111,9 @@ class RateLimiter:
         """Whether the address may make a request now, which then counts."""
         if self.rate <= 0:
             return True
+        # a rate below one a second must still let a single request through
         burst = max(1.0, 2 * self.rate)
+        # popped and put back, so that the order of the dictionary is that of the last requests
         level, last = self._buckets.pop(address, (burst, now))
         level = min(burst, level + (now - last) * self.rate)
         is_allowed = level >= 1
@@ -165,6 +168,8 @@ class Guard:
         seconds_allowed = self.limits.change_seconds if is_change else self.limits.request_seconds
         try:
             self._check(scope, headers)
+            # read before the application starts: a slow client holds a few bytes here, no thread and no place in a
+            # batch
             body = await self._read_body(receive, held) if _has_body(headers) else b""
             async with asyncio.timeout(seconds_allowed):
                 await self.app(scope, _replay(body, receive), reply.send)
@@ -173,6 +178,7 @@ class Guard:
         except TimeoutError:
             message = f"The request took longer than {seconds_allowed:g} seconds."
             await reply.refuse(Refused(503, "timeout", message))
+        # the client gets a number, not the text: it may hold paths, or what another request sent
         except Exception:
             logger.exception(f"request {request_id} failed")
             message = f"The server failed; its log has the reason under {request_id}."
@@ -180,6 +186,7 @@ class Guard:
         finally:
             self._buffered -= held.size
         seconds_taken = time.perf_counter() - started
+        # the route, not the path: uids in paths would make a series of metrics each
         route = getattr(scope.get("route"), "path", "unmatched")
         self.observe(scope["method"], route, reply.status, seconds_taken)
         if logger.isEnabledFor(logging.DEBUG):
@@ -213,6 +220,7 @@ class Guard:
             if right != "write" and self.needs_write(scope["method"], path):
                 raise Refused(403, "forbidden", "Changing an index needs a token with the right to write.")
         length = headers.get("content-length", "")
+        # only a hint, which a client may leave out: the body is counted as it arrives, too
         if length.isdecimal() and int(length) > self.limits.max_body_bytes:
             raise _too_large(self.limits)
 
@@ -235,6 +243,7 @@ class Guard:
                     self._buffered += len(part)
                     if held.size > limits.max_body_bytes:
                         raise _too_large(limits)
+                    # many bodies, each within its limit, may still be more than the memory holds
                     if self._buffered > limits.max_buffered_bytes:
                         raise Refused(503, "overloaded", "The service holds too many large requests; try again later.")
                     parts.append(part)
@@ -254,6 +263,7 @@ class _HeldBody:
 
 def _request_id(headers: dict[str, str]) -> str:
     """The client's id of the request if it is plain, else a new one."""
+    # only plain ids: anything else could forge lines of the log
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
 
@@ -297,6 +307,7 @@ class _Reply:
         await self._send(message)
 
     async def refuse(self, refused: Refused) -> None:
+        # headers are out already: a second answer would corrupt the first
         if self.status:
             return
         body = problem_json(str(refused), refused.kind, self._request_id)
@@ -349,6 +360,7 @@ def json_route(max_values: int) -> type[APIRoute]:
     class BoundedRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
+            # looked at once a route, not once a request
             only_body = _only_body(self)
 
             async def handle_bounded(request: Request) -> Response:
@@ -357,6 +369,7 @@ def json_route(max_values: int) -> type[APIRoute]:
                     name, model = only_body
                     try:
                         body = model.model_validate(await bounded.json())
+                    # FastAPI reads it again, and its error names the field
                     except (orjson.JSONDecodeError, ValidationError):
                         return await handle(bounded)
                     return await self.endpoint(**request.path_params, **{name: body})

@@ -59,6 +59,7 @@ class ThumbnailCache:
             if key in self._thumbnails:
                 self._thumbnails.move_to_end(key)
                 return self._thumbnails[key]
+        # made without the lock, so that one slow image holds up no other; two threads may make the same one
         data = make()
         with self._lock:
             if key not in self._thumbnails:
@@ -176,6 +177,7 @@ class ServedIndex:
         with self._lock:
             if versioned in self._facets:
                 return self._facets[versioned]
+        # counted without the lock, so that other columns need not wait; the later of two writes the same
         value = compute()
         with self._lock:
             self._facets[versioned] = value
@@ -241,6 +243,7 @@ class ServedIndex:
         Raises:
             UnknownItem: there is no such item, or its image is gone or damaged.
         """
+        # a few sizes, so that a page that scales its tiles freely still hits the cache
         size = next((size for size in THUMBNAIL_SIZES if size >= pixels), THUMBNAIL_SIZES[-1])
         entry = self.entry(uid)
 
@@ -250,6 +253,7 @@ class ServedIndex:
             except VlmError as error:
                 raise UnknownItem(str(error)) from error
 
+        # by where the image lies, not by uid: an upsert under the same uid must not show the old image
         return self.thumbnails.get((entry.shard, entry.image_offset, size), make)
 
     def entry_to_json(self, entry: Entry) -> dict[str, Any]:
@@ -363,6 +367,7 @@ class ServedIndex:
         """
         from vlm.api.explanation import explain
 
+        # each word costs as much as the text: the bound on words is one on time
         num_words = len(request.text.split())
         if request.words and num_words > MAX_WORDS:
             raise UsageError(f"The text has {num_words} words; maps are made of {MAX_WORDS} at most: shorten it.")
@@ -435,6 +440,7 @@ def checked_uploads(images: Sequence[bytes], max_pixels: int) -> list[bytes]:
     Raises:
         UsageError: one is none, or they have too many pixels.
     """
+    # what decoding takes is known from the headers, before any pixel is in memory
     total = sum(num_pixels(image, max_pixels) for image in images)
     if total > 4 * max_pixels:
         raise UsageError(
@@ -513,6 +519,7 @@ class MapReader:
             if snapshot.details.map is None:
                 name = self.index.name
                 raise UnknownItem(f"Index {name} has no map; make one with vlm index map, and reload the page.")
+            # the map before is handed over: places that it computed for added rows are kept
             if self._map is None or self._snapshot is not snapshot:
                 try:
                     self._map = RowMap.open(snapshot, self._map)

@@ -89,6 +89,7 @@ class FileRecord:
         """The digest of all that the file's row in the index depends on; None: it has none."""
         if self.digest is None:
             return None
+        # not the time: a file that was only touched keeps its row
         parts = (self.path, self.stamp.size, self.digest.hex(), self.captions, self.metadata)
         return content_digest(json.dumps(parts))
 
@@ -161,11 +162,13 @@ class FolderState:
         rows of the index are written again.
         """
         with self._errors_as_ours(), self._transaction():
+            # a reader of HEIC, say, was installed since
             if self._get("readers") not in (None, readers):
                 self._database.execute(
                     "UPDATE files SET digest = NULL WHERE digest IN (SELECT digest FROM contents WHERE vector IS NULL)"
                 )
                 self._database.execute("DELETE FROM contents WHERE vector IS NULL")
+            # rows hold the whole path of their image; x'00' equals no digest, so that all of them count as new
             if self.root not in ("", root):
                 self._database.execute("UPDATE files SET indexed = x'00' WHERE indexed IS NOT NULL")
             self._set("root", root)
@@ -216,6 +219,7 @@ class FolderState:
 
     def record(self, files: Sequence[FileRecord], contents: Sequence[ContentRecord]) -> None:
         """Store what a batch of files gave, all or nothing."""
+        # rows are made before the transaction begins, so that it is as short as can be
         content_rows: list[tuple[Any, ...]] = []
         for content in contents:
             vector = None if content.vector is None else content.vector.tobytes()
@@ -244,6 +248,7 @@ class FolderState:
         """The index of this fingerprint has all rows as they are wanted, and no other."""
         with self._errors_as_ours(), self._transaction():
             self._database.execute("DELETE FROM files WHERE is_gone")
+            # files that cannot be read have lost their rows, too
             self._database.execute(f"UPDATE files SET indexed = NULL WHERE path NOT IN (SELECT path {_READABLE})")
             self._database.execute(f"UPDATE files SET indexed = wanted WHERE path IN (SELECT path {_NEW_ROWS})")
             self._set("index_fingerprint", fingerprint)
