@@ -215,7 +215,7 @@ ENTRIES = (
         stage="bulk embedding",
         peers="clip-retrieval 2.45.0; the bare model",
         arguments="--pairs 1500 --repeats 2 --bare-seconds 4",
-        tiny="--pairs 96 --tars 3 --width 32 --layers 1 --batch-size 16 --repeats 1 --bare-seconds 0.5",
+        tiny="--pairs 96 --tars 3 --width 64 --layers 1 --batch-size 16 --repeats 1 --bare-seconds 0.5",
         minutes=6,
         ratios=_embedding,
     ),
