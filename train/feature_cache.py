@@ -33,7 +33,7 @@ from vlm.data.shards import count_samples, shards_fingerprint
 from vlm.data.tokenizers import trim_tokens
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import atomic_write, compute_fingerprint
-from vlm.models.model import VisionLanguageModel, normalise, space_fingerprint
+from vlm.models.model import VisionLanguageModel, normalise, weights_fingerprint
 from vlm.models.network import Network
 from vlm.models.towers.tower import ImageTower
 from vlm.tensor_types import Float, Num, Tensor
@@ -129,15 +129,16 @@ def evaluated_paths(folder: Path, model: VisionLanguageModel) -> dict[str, Path]
     for tower in ("visual", "text"):
         module: Any = getattr(model.network, tower, None)
         if hasattr(module, "trunk"):
-            paths[tower] = folder / f"evaluated-{tower}-{_trunk_identity(module, model)}.npz"
+            rounding = () if model.precision == torch.float32 else (str(model.precision),)
+            identity = compute_fingerprint(_trunk_identity(module, model, tower), _FORMAT, *rounding)
+            paths[tower] = folder / f"evaluated-{tower}-{identity}.npz"
     return paths
 
 
-def _trunk_identity(module: Any, model: VisionLanguageModel) -> str:
-    pooling = str(getattr(module, "pooling", "native"))
-    rounding = () if model.precision == torch.float32 else (str(model.precision),)
-    space = space_fingerprint(module.trunk, model.view, model.tokenizer)
-    return compute_fingerprint(space, pooling, _FORMAT, *rounding)
+def _trunk_identity(module: Any, model: VisionLanguageModel, tower: str) -> str:
+    # a run with another text tower, and so another tokenizer, reads the same image features
+    inputs = model.tokenizer.fingerprint() if tower == "text" else model.view.identity()
+    return compute_fingerprint(weights_fingerprint(module.trunk, inputs), str(getattr(module, "pooling", "native")))
 
 
 def part_paths(
@@ -145,12 +146,11 @@ def part_paths(
 ) -> list[Path]:
     """Where the features of each shard are, or will be. languages: of the captions that may be drawn."""
     module: Any = model.network.get_submodule("visual" if tower == "image" else "text")
-    identity = space_fingerprint(module.trunk, model.view, model.tokenizer)
+    identity = _trunk_identity(module, model, tower)
     read = repr(languages) if tower == "text" else ""
-    pooling = str(getattr(module, "pooling", "native"))
     paths: list[Path] = []
     for shard in shards:
-        name = compute_fingerprint(identity, pooling, read, shards_fingerprint([shard]), _FORMAT)
+        name = compute_fingerprint(identity, read, shards_fingerprint([shard]), _FORMAT)
         paths.append(folder / f"{tower}-{name}.npy")
     return paths
 

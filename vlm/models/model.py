@@ -277,7 +277,12 @@ _QUICK_ACTIVATIONS = frozenset({"QuickGELU", "QuickGELUActivation"})
 
 def space_fingerprint(network: nn.Module, view: EvalTransform, tokenizer: Tokenizer) -> str:
     """Identity of an embedding space, the same wherever and however its weights are stored."""
-    parts: list[bytes | str] = [view.identity(), tokenizer.fingerprint()]
+    return weights_fingerprint(network, view.identity(), tokenizer.fingerprint())
+
+
+def weights_fingerprint(network: nn.Module, *inputs: bytes | str) -> str:
+    """Identity of what weights make of their inputs. inputs: the identities of what prepares them."""
+    parts: list[bytes | str] = [*inputs]
     for name, tensor in sorted(network.state_dict().items()):  # sorted, since the order depends on how it was built
         values = tensor.detach().cpu().contiguous()
         parts += [
