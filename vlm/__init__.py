@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from vlm.api.training import train as train
     from vlm.client import AsyncClient as AsyncClient
     from vlm.client import Client as Client
+    from vlm.server import serve as serve
 
 DISTRIBUTION = "vlm-pipeline"
 __version__ = "0.1.0"
@@ -88,6 +89,7 @@ __all__ = [
     "reinforce",
     "relate",
     "score",
+    "serve",
     "soup",
     "stream",
     "train",
@@ -132,6 +134,7 @@ _MODULES: dict[str, str] = {
     "reinforce": "vlm.api.training",
     "relate": "vlm.api.data",
     "score": "vlm.api.index_building",
+    "serve": "vlm.server",
     "soup": "vlm.api.training",
     "stream": "vlm.api.data",
     "train_tokenizer": "vlm.api.data",

@@ -11,11 +11,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+import vlm
 from tests import preloaded
 from vlm.cli.main import main
-from vlm.cli.serve import is_loopback, name_indexes, read_tokens_of
 from vlm.errors import UsageError
 from vlm.index.reader import Index
+from vlm.server import is_loopback, name_indexes, read_tokens_of, serving
 
 
 @pytest.fixture
@@ -102,6 +103,25 @@ def test_a_program_reads_the_address_from_one_line_of_json(index, tmp_path):
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
+
+
+def test_the_call_serves_what_the_verb_does(index, capsys, monkeypatch):
+    started = []
+
+    def run_service(service, *, on_ready, **options):
+        rows = {name: len(served.service.index) for name, served in service.indexes.items()}
+        started.append((service.limits, service.max_batch, service.cors_origins, options))
+        on_ready(serving.ServerInfo(address="http://127.0.0.1:9", indexes=rows))
+
+    monkeypatch.setattr(serving, "run_service", run_service)
+    ready = []
+    options = {"port": 9, "rate": 2.5, "max_body_mb": 1.5, "max_batch": 8, "cors": ["https://example.org"]}
+    vlm.serve(f"photos={index}", **options, on_ready=ready.append)
+    flags = ["--port", "9", "--rate", "2.5", "--max-body-mb", "1.5", "--max-batch", "8"]
+    assert main(["serve", f"photos={index}", *flags, "--cors", "https://example.org", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == ready[0].to_json()
+    assert ready[0].indexes == {"photos": 11}
+    assert started[0] == started[1]
 
 
 def test_without_the_extra_the_cure_is_named(capsys, index, monkeypatch):

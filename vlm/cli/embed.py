@@ -1,7 +1,7 @@
 """`vlm embed`: shards to embeddings, in one process or several."""
 
 import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,6 +16,7 @@ from vlm.cli.options import (
     RayAddressOption,
     ShardsArgument,
     WorkersOption,
+    call_options,
 )
 from vlm.console import quoted, show_fields, show_json, spaced_names
 
@@ -81,9 +82,7 @@ class Embed:
         """Embed, show the summary in the process that finished the work."""
         from vlm.api.training import embed
 
-        options = {field.name: getattr(self, field.name) for field in fields(self)}
-        del options["json"]
-        result = embed(**options)
+        result = embed(**call_options(self))
         share = result.share
         # a process that is done early cannot tell what is left from what others are still writing
         if share.world_size > 1 and result.missing_parts:

@@ -1,4 +1,4 @@
-"""Open indexes as a service and run it until it is told to end; the same as `vlm serve`, from Python."""
+"""Open indexes as a service and run it until it is told to end; `vlm.serve` does both."""
 
 import asyncio
 import contextlib
@@ -82,7 +82,7 @@ class ServerInfo(Result):
     indexes: dict[str, int]
 
 
-def serve(
+def run_service(
     service: Service,
     *,
     host: str = "127.0.0.1",
@@ -120,7 +120,7 @@ def serve(
 def serve_in_background(service: Service, *, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     """Serve from a thread while the block runs, as in a notebook; gives the address.
 
-    Raises: as of `serve`.
+    Raises: as of `run_service`.
     """
     listener = _listen(host, port)
     server = _make_server(service)
