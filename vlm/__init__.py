@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from vlm.api.training import reinforce as reinforce
     from vlm.api.training import soup as soup
     from vlm.api.training import train as train
+    from vlm.cli.quickstart import quickstart as quickstart
     from vlm.client import AsyncClient as AsyncClient
     from vlm.client import Client as Client
     from vlm.server import serve as serve
@@ -86,6 +87,7 @@ __all__ = [
     "load",
     "open_index",
     "pack",
+    "quickstart",
     "reinforce",
     "relate",
     "score",
@@ -131,6 +133,7 @@ _MODULES: dict[str, str] = {
     "load": "vlm.api.inference",
     "open_index": "vlm.api.index",
     "pack": "vlm.api.packing",
+    "quickstart": "vlm.cli.quickstart",
     "reinforce": "vlm.api.training",
     "relate": "vlm.api.data",
     "score": "vlm.api.index_building",

@@ -1,5 +1,6 @@
 """Commands that a verb prints to be copied: a path with spaces is one word of the shell."""
 
+import json
 import re
 import shlex
 from importlib.metadata import PackageNotFoundError
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 
+import vlm
 from tests.index.index_fixture import SPACE, origins, vectors
 from vlm.cli.main import main
-from vlm.cli.quickstart import next_photo_steps, next_steps, plan_photo_steps, plan_steps
+from vlm.cli.quickstart import Step, next_photo_steps, next_steps, plan_photo_steps, plan_steps
 from vlm.cli.train import show_summary
 from vlm.errors import UsageError
 from vlm.index.embeddings_folder import EmbeddingsWriter
@@ -35,6 +37,25 @@ def test_the_quickstart_and_what_it_offers_at_the_end() -> None:
         assert any(str(out) in word for word in step.words)
     # the map is part of it where it can be made
     assert plan_steps(out, num_train=10, num_steps=1)[-1].words[:3] == ["index", "map", "my first try/index"]
+
+
+def test_the_call_of_the_quickstart_gives_what_the_verb_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [Step(title="inspecting", words=["inspect", "--help"], output=tmp_path / "done")]
+    monkeypatch.setattr("vlm.cli.quickstart.plan_steps", lambda out, **_: steps)
+    monkeypatch.setattr("vlm.cli.quickstart.run_queries", lambda out: None)
+    (tmp_path / "done").touch()
+    directions = {name: {"recall": {"1": 0.5}} for name in ("text_to_image", "image_to_text")}
+    report = {"retrieval": directions | {"num_images": 7}, "zero_shot": {"top1": 0.25, "num_classes": 3}}
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps(report))
+    assert main(["quickstart", str(tmp_path), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    summary = vlm.quickstart(tmp_path)
+    assert summary.to_json() | {"seconds": printed["seconds"]} == printed
+    assert summary.metrics["zero_shot_top1"] == 0.25
+    assert set(printed["seconds"]) == set(summary.seconds) == {"searching", "all"}
 
 
 def test_the_quickstart_on_photos_and_what_it_offers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

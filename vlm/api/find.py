@@ -49,6 +49,7 @@ def find(
     model: FolderModel = "",
     index: str | Path | None = None,
     update: bool = True,
+    rebuild: bool = False,
 ) -> SearchResult:
     """The images of a folder that are nearest to words, to other images, or to both.
 
@@ -67,15 +68,17 @@ def find(
         relevant: only hits that are likely relevant, as of `SearchIndex.search`; for words alone or images alone.
         model: a MODEL as of `vlm.load`, or what that gave; by default the one of the index, else VLM_MODEL.
         index: where the index is kept, by default among the user's data.
-        update: look for changes first; otherwise search what is indexed.
+        update: look for changes first; otherwise search what is indexed. rebuild: embed all images again.
 
     Raises:
         UsageError: there is nothing to search for, no image or no model, or the index is of another model.
         VlmError: an image to search by cannot be read, the disk is full, or the index is damaged.
     """
+    if rebuild and not update:
+        raise UsageError("rebuild is an update: leave update as it is.")
     images = ImageFolder(folder, model=model, index=index)
     if update:
-        images.update()
+        images.update(rebuild=rebuild)
     return images.search(words, like=like, minus=minus, where=where, top=top, relevant=relevant)
 
 

@@ -13,13 +13,15 @@ from typing import Annotated, Any
 
 import tyro
 
+from vlm.cli.options import call_options
 from vlm.console import percent, show_json, show_table
 from vlm.data.sources.image_names import IMAGE_SUFFIXES
 from vlm.data.synthetic.shapes import shape_colour_classes
-from vlm.errors import UsageError
-from vlm.files import write_text
+from vlm.errors import UsageError, os_errors_explained
+from vlm.files import json_text, write_text
 from vlm.index.index_files import map_file
 from vlm.manifest import is_complete
+from vlm.results import Result, json_values
 from vlm.train.presets import LOCAL_WEIGHTS
 from vlm.weight_packages import locate_weights
 
@@ -63,36 +65,67 @@ class Quickstart:
 
     def run(self) -> None:
         """Run the steps and a few queries, show the metrics and what to try next."""
-        from vlm.cli.main import run_verb, split_verb
-
-        started = time.monotonic()
-        # told before anything is written
-        steps = plan_photo_steps(self.out, self.photos, num_steps=self.steps) if self.photos else None
-        self.out.mkdir(parents=True, exist_ok=True)
-        if steps is None:
-            write_text(self.out / CLASSES_FILE, "\n".join(shape_colour_classes()) + "\n")
-            steps = plan_steps(self.out, num_train=self.scenes, num_steps=self.steps)
-        seconds: dict[str, float] = {}
-        for step in steps:
-            # so an interrupted quickstart resumes at the step it was in
-            if step.is_done:
-                logger.info(f"✓ {step.title}: already in {step.output}")
-                continue
-            # in this process: the models and torch are loaded once
-            verb, rest = split_verb(step.words)
-            seconds[step.title] = _run_timed(partial(run_verb, verb, rest), step.title, step.words)
-        if not self.photos:
-            search_words = ["search", str(self.out / "index"), "…"]
-            seconds["searching"] = _run_timed(partial(run_queries, self.out), "searching", search_words)
-        metrics = collect_metrics(self.out) | {"seconds": seconds | {"all": time.monotonic() - started}}
-        write_text(self.out / "quickstart.json", json.dumps(metrics, indent=2) + "\n")
+        summary = quickstart(**call_options(self))
         if self.json:
-            show_json(metrics)
+            show_json(summary)
         elif self.photos:
-            show_photo_metrics(metrics)
+            show_photo_metrics(summary.to_json())
         else:
-            show_metrics(metrics)
+            show_metrics(summary.to_json())
         logger.info(next_photo_steps(self.out) if self.photos else next_steps(self.out))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartSummary(Result):
+    """What the pipeline came to on held-out data, by the name of the metric, and the seconds of each step."""
+
+    metrics: dict[str, float]
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `vlm quickstart --json` prints."""
+        return json_values(self.metrics | {"seconds": self.seconds})
+
+
+@os_errors_explained()
+def quickstart(
+    out: str | Path = "quickstart-out", *, photos: str | Path = "", scenes: int = NUM_TRAIN, steps: int = -1
+) -> QuickstartSummary:
+    """Run the whole pipeline on synthetic shapes or on photos, as `vlm quickstart` does, by the commands that it logs.
+
+    Args:
+        out: folder for all outputs; steps finished there are skipped.
+        photos: folder of photos with captions, in any layout that `vlm.pack` reads; empty draws synthetic shapes.
+        scenes: number of training samples that are drawn. steps: of training; -1 uses the preset's.
+
+    Raises:
+        UsageError: `photos` is no folder or holds too few images, or the weights for photos are not installed.
+    """
+    from vlm.cli.main import run_verb, split_verb
+
+    started = time.monotonic()
+    folder = Path(out)
+    # told before anything is written
+    commands = plan_photo_steps(folder, str(photos), num_steps=steps) if photos else None
+    folder.mkdir(parents=True, exist_ok=True)
+    if commands is None:
+        write_text(folder / CLASSES_FILE, "\n".join(shape_colour_classes()) + "\n")
+        commands = plan_steps(folder, num_train=scenes, num_steps=steps)
+    seconds: dict[str, float] = {}
+    for step in commands:
+        # so an interrupted quickstart resumes at the step it was in
+        if step.is_done:
+            logger.info(f"✓ {step.title}: already in {step.output}")
+            continue
+        # in this process: the models and torch are loaded once
+        verb, rest = split_verb(step.words)
+        seconds[step.title] = _run_timed(partial(run_verb, verb, rest), step.title, step.words)
+    if not photos:
+        search_words = ["search", str(folder / "index"), "…"]
+        seconds["searching"] = _run_timed(partial(run_queries, folder), "searching", search_words)
+    summary = QuickstartSummary(metrics=collect_metrics(folder), seconds=seconds | {"all": time.monotonic() - started})
+    write_text(folder / "quickstart.json", json_text(summary.to_json(), indent=2) + "\n")
+    return summary
 
 
 @dataclass(frozen=True, kw_only=True)
