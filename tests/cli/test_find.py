@@ -86,6 +86,8 @@ def test_find_prints_files_that_can_be_piped_and_json_that_python_gives(
     assert main(["find", str(photos), "a", "b", "--top", "2", "--no-update", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     given = vlm.find(photos, ["a", "b"], top=2).to_json()
+    with pytest.raises(vlm.UsageError, match="rebuild is an update"):
+        vlm.find(photos, "a", update=False, rebuild=True)
     for result in (printed, given):
         del result["embed_milliseconds"], result["search_milliseconds"]
     assert printed == given
