@@ -71,7 +71,10 @@ class _Bin:
     def swap(self, old: Visit, new: Visit) -> None:
         """Replace a visit by one without groups, or the other way round."""
         self.visits[self.visits.index(old)] = new
-        self.groups = {group for visit in self.visits for group in visit.groups}
+        # anew, since another visit may hold a group of the old one too
+        self.groups = set()
+        for visit in self.visits:
+            self.groups.update(visit.groups)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -324,14 +327,25 @@ def _place(visits: Sequence[Visit], bins: list[_Bin], rng: np.random.Generator) 
                 # for the first, and again when every bin has one: there are more than bins, so some must share
                 by_room = [number for number in range(len(bins)) if bins[number].room]
                 by_room.sort(key=lambda number: (-bins[number].room, ties[number]))
-            target = next((number for number in by_room if bins[number].takes(visit.groups)), by_room[0])
+            # where every bin with room holds an equal one, the first takes it, and `_repair` looks for a swap
+            target = by_room[0]
+            for number in by_room:
+                if bins[number].takes(visit.groups):
+                    target = number
+                    break
             bins[target].add(visit)
             by_room.remove(target)
 
-    others = (visit for visit in visits if visit.place not in is_placed)
+    others: list[Visit] = []
+    for visit in visits:
+        if visit.place not in is_placed:
+            others.append(visit)
+    first = 0
     for target in bins:
-        for _ in range(target.room):
-            target.add(next(others))
+        room = target.room
+        for visit in others[first : first + room]:
+            target.add(visit)
+        first += room
 
 
 def _repair(bins: list[_Bin]) -> None:

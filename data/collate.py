@@ -106,8 +106,11 @@ class TrainingBatch:
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors of the batch."""
         optional = (self.sub_tokens, self.local_images, self.identities, self.class_labels)
-        present = (tensor for tensor in optional if tensor is not None)
-        return (self.images, self.tokens, *present, *self.arrays.values())
+        tensors = [self.images, self.tokens]
+        for tensor in optional:
+            if tensor is not None:
+                tensors.append(tensor)
+        return (*tensors, *self.arrays.values())
 
     @property
     def rows(self) -> Int64[Tensor, " B"]:
@@ -124,8 +127,10 @@ class TrainingBatch:
         return self.__dict__ | columns | self._map_small(lambda tensor: tensor.cpu().numpy())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        records = {name: tuple(starmap(kind, zip(*state[name], strict=True))) for name, kind in _RECORDS.items()}
-        self.__dict__.update(state | records)
+        self.__dict__.update(state)
+        for name, kind in _RECORDS.items():
+            columns = state[name]
+            self.__dict__[name] = tuple(starmap(kind, zip(*columns, strict=True)))
         # the arrays are writable and owned by this process by now, so the tensors share their memory
         self.__dict__.update(self._map_small(torch.from_numpy))
 

@@ -134,9 +134,10 @@ def near_hash_pairs(hashes: np.ndarray, *, distance: int) -> Iterator[tuple[np.n
     """
     radius = distance // _BANDS
     masks = _masks_within(radius)
-    bands = [
-        ((hashes >> np.uint64(_BAND_BITS * number)) & np.uint64(0xFFFF)).astype(np.int64) for number in range(_BANDS)
-    ]
+    bands: list[np.ndarray] = []
+    for number in range(_BANDS):
+        band = (hashes >> np.uint64(_BAND_BITS * number)) & np.uint64(0xFFFF)
+        bands.append(band.astype(np.int64))
     for number, band in enumerate(bands):
         order = np.argsort(band, kind="stable")
         keys = band[order]
@@ -580,7 +581,11 @@ class DigestList:
         """Those that occur most, more than once; of equals the one that came first."""
         firsts, times = _equal_rows(self._pairs())
         order = np.lexsort((firsts, -times))[:number]
-        return [RepeatedDigest(int(firsts[group]), int(times[group])) for group in order if times[group] > 1]
+        repeated: list[RepeatedDigest] = []
+        for group in order:
+            if times[group] > 1:
+                repeated.append(RepeatedDigest(int(firsts[group]), int(times[group])))
+        return repeated
 
     def _pairs(self) -> np.ndarray:
         """uint64 [N, 2]: a digest a row."""

@@ -88,7 +88,10 @@ def decode_views_on_device(
     """
     images = torch.zeros((len(prepared), 3, view.size, view.size), dtype=torch.uint8, device=device)
     damaged: dict[int, BadSample] = {}
-    encoded = {row: item.encoded for row, item in enumerate(prepared) if item.encoded is not None}
+    encoded: dict[int, bytes] = {}
+    for row, item in enumerate(prepared):
+        if item.encoded is not None:
+            encoded[row] = item.encoded
     decoded = _decode_batch(list(encoded.values()), device, decoder or installed_decoder())
     pixels = dict(zip(encoded, decoded, strict=True))
     for row, item in enumerate(prepared):

@@ -530,8 +530,10 @@ def dataset_card(columns: JsonColumns, *, splits: Iterable[str], endings: Iterab
     splits: the names before the number of a shard. endings: of the members in all shards.
     """
     endings = sorted(set(endings))
-    # shards that are not split are called shard-*.tar
-    data_files = [{"split": "train" if split == "shard" else split, "path": f"{split}-*.tar"} for split in splits]
+    data_files: list[dict[str, str]] = []
+    for split in splits:
+        # shards that are not split are called shard-*.tar
+        data_files.append({"split": "train" if split == "shard" else split, "path": f"{split}-*.tar"})
     card: dict[str, Any] = {"configs": [{"config_name": "default", "data_files": data_files}]}
     json_feature = columns.feature()
     if json_feature is not None and not any(ending.endswith("npy") for ending in endings):

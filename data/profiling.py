@@ -450,8 +450,13 @@ def _measure_images(setup: ProfileSetup, samples: list[Sample]) -> list[Stage]:
 
 
 def _measure_tokenizer(setup: ProfileSetup, samples: list[Sample]) -> Stage:
-    captions = [setup.draw(sample, SampleRng(0, 0, sample.key)).text for sample in samples]
-    batches = [captions[first : first + setup.batch_size] for first in range(0, len(captions), setup.batch_size)]
+    captions: list[str] = []
+    for sample in samples:
+        captions.append(setup.draw(sample, SampleRng(0, 0, sample.key)).text)
+    # as a run encodes them: a whole batch in one call
+    batches: list[list[str]] = []
+    for first in range(0, len(captions), setup.batch_size):
+        batches.append(captions[first : first + setup.batch_size])
     seconds = seconds_of(lambda: list(map(setup.tokenizer.encode, batches)))
     return _stage("tokenize", len(samples), seconds)
 

@@ -134,7 +134,9 @@ class SampleRelations:
             of_position[position] = others[others != position]
         shards: list[ShardRelations] = []
         for shard in self.shards:
-            lists = [of_position.get(shard.first + number, _NONE) for number in range(shard.samples)]
+            lists: list[Int64[Array, " K"]] = []
+            for number in range(shard.samples):
+                lists.append(of_position.get(shard.first + number, _NONE))
             ends, values = _flatten(lists)
             shards.append(replace(shard, neighbour_ends=ends, neighbours=values))
         return SampleRelations(shards=tuple(shards))

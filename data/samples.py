@@ -168,7 +168,11 @@ def select_languages(captions: Captions, languages: tuple[str, ...]) -> Captions
         named: Captions = {}
         for language, texts in captions.items():
             named[languages[0] if language == UNNAMED else language] = texts
-        selected = {language: named[language] for language in languages if language in named}
+        selected = {}
+        # in the order of the request: a seed draws another caption from another order
+        for language in languages:
+            if language in named:
+                selected[language] = named[language]
     if not selected:
         raise BadSample("no caption", f"languages requested {languages or 'any'}, found {tuple(captions)}")
     return selected

@@ -170,7 +170,7 @@ class Member(NamedTuple):
     def spans(self) -> list[Span]:
         """Where all its parts lie."""
         parts = (self.image, self.text, self.json, *self.arrays.values())
-        return [span for span in parts if span is not None]
+        return list(filter(None, parts))
 
 
 class TarIndex:

@@ -393,8 +393,11 @@ def cut_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
     A text is cut when its row is the same without its last word, or without its last character, where there are no
     words (Chinese) or the last one is cut in its middle.
     """
-    # no token is less than a character of ASCII, so that most queries need not be encoded a second time
-    long_texts = [text for text in texts if not text.isascii() or len(text) > tokenizer.context_length - _MARKS]
+    long_texts: list[str] = []
+    for text in texts:
+        # no token is less than a character of ASCII, so that most queries need not be encoded a second time
+        if not text.isascii() or len(text) > tokenizer.context_length - _MARKS:
+            long_texts.append(text)
     if not long_texts:
         return []
     cut: list[str] = []

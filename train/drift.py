@@ -71,10 +71,14 @@ class DriftGuard:
                 f"Retrieval or zero-shot had fallen by more than {self.bound:.1%} since the start: the embeddings' "
                 f"weights are drawn back, {0.5**self.halves:.1%} of their way is left."
             )
-        drift = {DRIFT + name: values[name] - before for name, before in self.baseline.items()}
-        changes = ", ".join(f"{name.removeprefix(DRIFT)} {change:+.1%}" for name, change in drift.items())
+        drift: Figures = {}
+        changes: list[str] = []
+        for name, before in self.baseline.items():
+            change = values[name] - before
+            drift[DRIFT + name] = change
+            changes.append(f"{name} {change:+.1%}")
         if changes:
-            logger.info(f"Since the start: {changes}.")
+            logger.info(f"Since the start: {', '.join(changes)}.")
         return values | drift
 
     def draw_back(self, weights: Mapping[str, Tensor]) -> None:
@@ -89,7 +93,10 @@ class DriftGuard:
 
     @contextlib.contextmanager
     def _at_start(self, network: nn.Module) -> Iterator[None]:
-        own = {name: tensor.clone() for name, tensor in network.state_dict().items() if name in self.start}
+        own: dict[str, Tensor] = {}
+        for name, tensor in network.state_dict().items():
+            if name in self.start:
+                own[name] = tensor.clone()
         try:
             _copy(self.start, network)
             yield
@@ -117,7 +124,12 @@ def open_drift_guard(config: TrainConfig, network: nn.Module) -> DriftGuard | No
 
 
 def _tracked(values: Figures) -> Figures:
-    return {name: value for name, value in values.items() if name.rpartition("/")[2] in _FIGURES}
+    figures: Figures = {}
+    for name, value in values.items():
+        # what is measured on other data begins with `other/`
+        if name.rpartition("/")[2] in _FIGURES:
+            figures[name] = value
+    return figures
 
 
 def _worst_fall(before: Figures, values: Figures) -> float:

@@ -244,10 +244,15 @@ def count_skipped_range(session: Session, skipped_range: SkippedRange) -> None:
 def write_ledger(path: Path, corpus: Corpus, counts: Epoch, ledger: Ledger, *, shards: Iterable[int]) -> None:
     """Write the counts by shard, their sum, and the samples of these shards that cannot be used."""
     numbers = list(shards)
-    num_filtered = sum(corpus.filtered[shard] for shard in numbers)
+    num_filtered = 0
+    records: list[dict[str, Any]] = []
+    for shard in numbers:
+        num_filtered += corpus.filtered[shard]
+        # none of its samples may have been drawn
+        records.append(shard_record(corpus, shard, counts.get(shard, ShardCount())))
     content = {
         "total": sum_counts(counts).to_values() | {"filtered": num_filtered},
-        "shards": [shard_record(corpus, shard, counts.get(shard, ShardCount())) for shard in numbers],
+        "shards": records,
         "failures": failure_records(corpus, ledger, set(numbers)),
     }
     path.parent.mkdir(exist_ok=True)

@@ -114,8 +114,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 def embedding_weight_names(network: nn.Module) -> set[str]:
     """Names of the weights that are looked up row by row: token embeddings, and positions held in modules."""
-    lookups = (nn.Embedding, nn.EmbeddingBag)
-    return {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, lookups)}
+    names: set[str] = set()
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            names.add(f"{name}.weight")
+    return names
 
 
 def is_hidden_matrix(name: str, weight: nn.Parameter) -> bool:
@@ -145,7 +148,10 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
     With `optimizer` "muon" the matrices inside the towers are updated by Muon. With a `layer_decay` the network is a
     training task, whose towers are known.
     """
-    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    trained: dict[str, nn.Parameter] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            trained[name] = parameter
     tables = embedding_weight_names(network)
     # a task holds the network, and heads of its own beside it
     layers = layer_rates(network.get_submodule("network"), config.layer_decay) if config.layer_decay != 1 else {}
@@ -158,7 +164,9 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
     adamw = _adamw(trained, tables, config, rates)
     groups: list[dict[str, Any]] = []
     for rate, parameters in matrices.items():
-        groups += [{"params": weights, _LR_MULTIPLIER: rate} for weights in split_by_sharding(parameters) if weights]
+        for weights in split_by_sharding(parameters):
+            if weights:
+                groups.append({"params": weights, _LR_MULTIPLIER: rate})
     if not groups:
         return adamw
     return MuonWithAdamW(

@@ -100,7 +100,10 @@ def value_at(lines: Lines, metric: str, *, share: float, steps: int, width: floa
     if not lines or lines[-1]["step"] < high - 2 * _ROUNDING:
         return None
 
-    values = [line[metric] for line in lines if metric in line and low < line["step"] <= high]
+    values: list[float] = []
+    for line in lines:
+        if metric in line and low < line["step"] <= high:
+            values.append(line[metric])
     if not values:
         return None
     return fmean(values) if width else values[-1]
@@ -166,8 +169,11 @@ def _values_of_all_runs(runs: Sequence[tuple[Lines, int]], metric: str, *, width
     """The values of all runs at each share; shares at which a run has none are left out."""
     values_by_share: dict[float, list[float]] = {}
     for share in _SHARES:
-        values = [value_at(lines, metric, share=share, steps=steps, width=width) for lines, steps in runs]
-        measured = [value for value in values if value is not None]
+        measured: list[float] = []
+        for lines, steps in runs:
+            value = value_at(lines, metric, share=share, steps=steps, width=width)
+            if value is not None:
+                measured.append(value)
         if len(measured) == len(runs):
             values_by_share[share] = measured
     return values_by_share
@@ -473,7 +479,9 @@ class BandFigure:
         return self.low <= self.value <= self.high
 
     def __str__(self) -> str:
-        value, low, high = (format_metric(self.metric, number) for number in (self.value, self.low, self.high))
+        value = format_metric(self.metric, self.value)
+        low = format_metric(self.metric, self.low)
+        high = format_metric(self.metric, self.high)
         name = self.metric.replace("_", " ")
         if self.is_inside:
             return f"{name} {value} (band {low} to {high})"

@@ -159,8 +159,10 @@ def choose_rollback_target(
     >>> [choose_rollback_target(checkpoints, instability_start=25, last_target=last).step for last in (None, 20, 10)]
     [20, 10, 20]
     """
-    good = [info for info in checkpoints if info.is_good and info.step <= instability_start]
-    good.sort(key=lambda info: info.step)
+    good: list[CheckpointInfo] = []
+    for info in sorted(checkpoints, key=lambda info: info.step):
+        if info.is_good and info.step <= instability_start:
+            good.append(info)
     # an interrupted run has the same scheduled checkpoints, but not those a signal or the clock asked for
     candidates = [info for info in good if info.is_scheduled] or good
     if len(candidates) > 1 and candidates[-1].step == last_target:
@@ -197,14 +199,14 @@ def _rollback_target(state: TrainState, folder: Path, remote_store: RemoteCheckp
 
 def _unrecoverable_message(state: TrainState, why: str) -> str:
     unstable_steps = state.skipped_steps[-state.spike_guard.in_a_row :]
-    details = "; ".join(
-        f"step {entry['step']:,}: {entry['reason']}, from {entry['first_key']!r}" for entry in unstable_steps[:5]
-    )
+    details: list[str] = []
+    for entry in unstable_steps[:5]:
+        details.append(f"step {entry['step']:,}: {entry['reason']}, from {entry['first_key']!r}")
     more = f" and {len(unstable_steps) - 5} more" if len(unstable_steps) > 5 else ""
     learning_rate = unstable_steps[-1]["learning_rate"]
     return (
-        f"{state.spike_guard.in_a_row} steps in a row could not be used ({details}{more}), and {why}. The learning "
-        f"rate was {learning_rate:.3g}; the weights are unchanged since before these steps. Try a lower "
+        f"{state.spike_guard.in_a_row} steps in a row could not be used ({'; '.join(details)}{more}), and {why}. The "
+        f"learning rate was {learning_rate:.3g}; the weights are unchanged since before these steps. Try a lower "
         "--learning-rate, more --warmup-steps, --precision fp32, or look at these samples with vlm inspect; then "
         "resume from a checkpoint with --resume (and --allow for what you change)."
     )

@@ -318,9 +318,11 @@ def finish_run(session: Session, ledger: Ledger, utilisation: Utilisation) -> No
     if session.accelerator.is_main_process:
         model = final_model(session.state.model, best_weights(session) or weights)
         _write_run(session, ledger, utilisation, model)
-        if session.validation and any(
-            {"logits", "parallel_logits"} & set(weighted.term.outputs) for weighted in session.terms
-        ):
+        outputs: set[str] = set()
+        for weighted in session.terms:
+            outputs.update(weighted.term.outputs)
+        # a run that trains no caption decoder has nothing to caption with
+        if session.validation and outputs & {"logits", "parallel_logits"}:
             session.validation.check_captions(model)
 
 

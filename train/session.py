@@ -347,7 +347,11 @@ def build_model(config: TrainConfig, device: torch.device, *, with_bias: bool = 
 def _with_adapters(model: VisionLanguageModel, config: TrainConfig) -> VisionLanguageModel:
     """The model with fresh adapters in the towers that are not locked, drawn from the seed."""
     settings = config.model
-    towers = tuple(tower for tower, lock in (("visual", "image"), ("text", "text")) if lock != settings.lock)
+    towers: tuple[str, ...] = ("visual", "text")
+    if settings.lock == "image":
+        towers = ("text",)
+    elif settings.lock == "text":
+        towers = ("visual",)
     adapters = LowRank(rank=settings.lora_rank, alpha=settings.lora_alpha or 2 * settings.lora_rank, towers=towers)
     torch.manual_seed(config.seed)
     add_adapters(model.network, adapters)
@@ -645,7 +649,10 @@ def _check_same_losses(run: Path, config: TrainConfig) -> None:
     terms = parse_objective(config.objective.objective)
     if not any(weighted.name in FORMER_NAMES for weighted in terms):
         return
-    former = " + ".join(f"{weighted.weight:g}*{FORMER_NAMES.get(weighted.name, weighted.name)}" for weighted in terms)
+    summands: list[str] = []
+    for weighted in terms:
+        summands.append(f"{weighted.weight:g}*{FORMER_NAMES.get(weighted.name, weighted.name)}")
+    former = " + ".join(summands)
     raise UsageError(
         f"{run} was begun when {' and '.join(FORMER_NAMES)} computed what {' and '.join(FORMER_NAMES.values())} do "
         f"now: go on with --objective '{former}' --allow objective.objective."

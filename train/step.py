@@ -250,7 +250,9 @@ def _cache_output_gradients(
         # every micro-batch has the same shared outputs, since the weights do not change within a step
         whole = chunks[0] if name in SHARED_OUTPUTS else torch.cat(chunks)
         leaves[name] = whole.detach().requires_grad_()
-    whole_inputs = {name: join_rows(chunks, pad_token=options.pad_token) for name, chunks in cached_inputs.items()}
+    whole_inputs: Inputs = {}
+    for name, chunks in cached_inputs.items():
+        whole_inputs[name] = join_rows(chunks, pad_token=options.pad_token)
 
     whole_inputs |= _averages(micro_batches, leaves, whole_inputs, terms, options)
     losses = _batch_level_losses(leaves, whole_inputs, terms, options)
@@ -273,7 +275,10 @@ def join_rows(chunks: Sequence[Tensor], *, pad_token: int) -> Tensor:
     if chunks[0].ndim == 1:
         return torch.cat(list(chunks))
     longest = max(chunk.shape[-1] for chunk in chunks)
-    return torch.cat([F.pad(chunk, (0, longest - chunk.shape[-1]), value=pad_token) for chunk in chunks])
+    padded: list[Tensor] = []
+    for chunk in chunks:
+        padded.append(F.pad(chunk, (0, longest - chunk.shape[-1]), value=pad_token))
+    return torch.cat(padded)
 
 
 def _detached(losses: LossDict) -> LossDict:
@@ -339,10 +344,14 @@ def _global_normalisers(
     micro_batches: MicroBatches, terms: Sequence[WeightedLossTerm], options: LossOptions
 ) -> LossDict:
     """The units (samples, tokens) of the global batch by term, which its sample-level losses are divided by."""
-    inputs = [micro_batches.non_image_inputs(number) for number in range(micro_batches.count)]
+    inputs = list(map(micro_batches.non_image_inputs, range(micro_batches.count)))
     normalisers: LossDict = {}
     for weighted in terms:
-        count = torch.stack([weighted.term.normaliser(own, options).double() for own in inputs]).sum()
+        counts: list[Tensor] = []
+        for own in inputs:
+            # in double precision, since single counts exactly only to 2^24
+            counts.append(weighted.term.normaliser(own, options).double())
+        count = torch.stack(counts).sum()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
             # gradients are averaged over processes afterwards, so each divides by its mean share

@@ -375,7 +375,10 @@ def _lock_timm(trunk: Any, unlocked_groups: int) -> None:
 def _freeze_batch_norm_statistics(module: nn.Module) -> None:
     """Normalise by the stored mean and variance in the batch norms none of whose weights are trained."""
     names = batch_norm_layers(module)
-    locked = [name for name in names if not _trainable_parameters(module.get_submodule(name))]
+    locked: list[str] = []
+    for name in names:
+        if not _trainable_parameters(module.get_submodule(name)):
+            locked.append(name)
     freeze_batch_norm(module, locked)
 
 

@@ -454,15 +454,20 @@ def informative_bigrams(texts: Iterable[str], counts: Counter[str], limits: Conc
     for text in texts:
         for run in _word_runs(text, folds_case=limits.folds_case):
             num_pairs += max(len(run) - 1, 0)
-            # a pair is at most as frequent as the rarer of its words
-            pairs.update(pair for pair in pairwise(run) if min(counts[pair[0]], counts[pair[1]]) >= limits.min_count)
+            for word, next_word in pairwise(run):
+                # a pair is at most as frequent as the rarer of its words
+                if counts[word] >= limits.min_count and counts[next_word] >= limits.min_count:
+                    pairs[word, next_word] += 1
     num_words = counts.total()
     information: dict[str, float] = {}
     for (first, second), count in pairs.items():
-        if count >= limits.min_count:
-            by_chance = counts[first] * counts[second] / num_words**2
-            information[f"{first} {second}"] = math.log2(count / num_pairs / by_chance)
-    informative = [pair for pair, bits in information.items() if bits >= limits.min_pmi]
+        if count < limits.min_count:
+            continue
+        by_chance = counts[first] * counts[second] / num_words**2
+        bits = math.log2(count / num_pairs / by_chance)
+        if bits >= limits.min_pmi:
+            information[f"{first} {second}"] = bits
+    informative = list(information)
     # by the text too, so that equal information does not leave the order to that of the corpus
     informative.sort(key=lambda pair: (-information[pair], pair))
     return informative[: limits.max_bigrams or None]
@@ -512,9 +517,12 @@ def _read_titles(path: Path, *, folds_case: bool) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"The titles {str(path)!r} cannot be read: {error}.") from error
-    # Wikipedia's dumps write spaces as underscores
-    titles = [spaced(line.replace("_", " "), folds_case=folds_case) for line in lines]
-    return list(dict.fromkeys(title for title in titles if title))
+    titles: dict[str, None] = {}
+    for line in lines:
+        # Wikipedia's dumps write spaces as underscores
+        if title := spaced(line.replace("_", " "), folds_case=folds_case):
+            titles[title] = None
+    return list(titles)
 
 
 @dataclass(frozen=True)

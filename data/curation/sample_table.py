@@ -60,7 +60,11 @@ of the language `tags`."""
 def schema_for(required_columns: Iterable[RequiredColumn]) -> pa.Schema:
     """The columns that are scanned for these requirements."""
     always_and_required = {None, *required_columns}
-    return pa.schema([(name, kind) for name, (kind, required) in COLUMNS.items() if required in always_and_required])
+    fields: list[tuple[str, pa.DataType]] = []
+    for name, (kind, required) in COLUMNS.items():
+        if required in always_and_required:
+            fields.append((name, kind))
+    return pa.schema(fields)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,7 +125,10 @@ class ScoreColumns:
                     f"{files[0]} and {file} hold {score!r} of different models or details; give those of one."
                 )
         columns = ["shard", "number", "key", "value"]
-        table = pa.concat_tables([pq.read_table(file, columns=columns).replace_schema_metadata() for file in files])
+        tables: list[pa.Table] = []
+        for file in files:
+            tables.append(pq.read_table(file, columns=columns).replace_schema_metadata())
+        table = pa.concat_tables(tables)
         values, has_value = _align_to_samples(table, sample_table, f"{score!r} ({files[0]})")
         return ScoreValues(
             values=values,

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -143,11 +143,15 @@ class _ShardLayout:
         if selection is None:
             return np.arange(self.starts[-1], dtype=np.int64)
         # a shard that cannot be opened has no samples, and the selection does not know it
-        filled = [shard for shard in range(len(self.shards)) if self.starts[shard] < self.starts[shard + 1]]
-        times = selection.times_of([self.shards[shard] for shard in filled])
+        filled: list[str] = []
+        starts: list[int] = []
+        for shard, (start, end) in zip(self.shards, pairwise(self.starts), strict=True):
+            if start < end:
+                filled.append(shard)
+                starts.append(start)
         numbers = [np.zeros(0, np.int64)]
-        for shard, shard_times in zip(filled, times, strict=True):
-            numbers.append(np.flatnonzero(shard_times) + self.starts[shard])
+        for start, shard_times in zip(starts, selection.times_of(filled), strict=True):
+            numbers.append(np.flatnonzero(shard_times) + start)
         return np.concatenate(numbers)
 
     def chunks(self, numbers: np.ndarray, on_sheet: frozenset[int]) -> Iterator[ScanChunk]:

@@ -106,7 +106,10 @@ def _karpathy(images: list[dict[str, Any]], name: str) -> list[AnnotatedImage] |
         sentences = metadata.pop("sentences", None) or []
         # ids of the sentences, of no use without them
         metadata.pop("sentids", None)
-        raw = [sentence.get("raw") for sentence in sentences if isinstance(sentence, dict)]
+        raw: list[Any] = []
+        for sentence in sentences:
+            if isinstance(sentence, dict):
+                raw.append(sentence.get("raw"))
         # dataset_coco.json says train2014 or val2014; Flickr's have no folder
         folder = str(image.get("filepath") or "")
         annotated.append(

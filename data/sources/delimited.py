@@ -55,7 +55,11 @@ class ArrowRows:
         if block_number != block:
             rows = self._table.slice(block * _ROWS_AT_ONCE, _ROWS_AT_ONCE).to_pylist()
             self._block = (block, rows)
-        return {name: value for name, value in rows[place].items() if value is not None and value != ""}
+        filled: dict[str, Any] = {}
+        for name, value in rows[place].items():
+            if value is not None and value != "":
+                filled[name] = value
+        return filled
 
     def column(self, name: str) -> list[Any]:
         """One column as Python values."""
@@ -119,8 +123,9 @@ def _sniff_delimiter(text: str, promised: str) -> str:
     lines = list(filter(None, _LINE_END.split(text[: 1 << 16])[:50]))
     if not lines:
         return promised
-    rarer = [delimiter for delimiter in "\t;|" if delimiter != promised and delimiter in lines[0]]
-    if promised in lines[0] and not rarer:
+    # a text holds commas, but hardly a tab: one in the header says more than what the ending promises
+    has_rarer = any(delimiter in lines[0] for delimiter in "\t;|".replace(promised, ""))
+    if promised in lines[0] and not has_rarer:
         return promised
 
     def num_alike(delimiter: str) -> int:

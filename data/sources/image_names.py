@@ -41,7 +41,12 @@ def is_image_name(name: str) -> bool:
 
 def image_names(files: SourceFiles) -> list[str]:
     """The images among the files: by their endings, and by their first bytes where an ending says nothing."""
-    return [name for name in files.names() if is_image_name(name) or _is_unnamed_image(files, name)]
+    images: list[str] = []
+    for name in files.names():
+        # by the ending first: to look at the bytes opens the file
+        if is_image_name(name) or _is_unnamed_image(files, name):
+            images.append(name)
+    return images
 
 
 def image_paths(paths: Sequence[Path]) -> list[Path]:
@@ -127,7 +132,11 @@ class ImageFinder:
     def _elsewhere(self, plain: str) -> str | None:
         """The only file whose path ends so; or, of a name without an ending, the only image of that stem."""
         path = PurePosixPath(plain)
-        matches = [name for name in self._by_name.get(path.name, ()) if f"/{name}".endswith(f"/{plain}")]
+        matches: list[str] = []
+        for name in self._by_name.get(path.name, ()):
+            # from a slash on, so that `b/1.jpg` does not stand for `ab/1.jpg`
+            if f"/{name}".endswith(f"/{plain}"):
+                matches.append(name)
         # folders of another machine: the file name alone has to do
         if not matches and len(path.parts) > 1:
             matches = self._by_name.get(path.name, [])
@@ -140,18 +149,18 @@ class ImageFinder:
 
     @cached_property
     def _by_name(self) -> dict[str, list[str]]:
-        return _grouped((PurePosixPath(name).name, name) for name in self.names)
+        groups: dict[str, list[str]] = {}
+        for name in self.names:
+            groups.setdefault(PurePosixPath(name).name, []).append(name)
+        return groups
 
     @cached_property
     def _by_stem(self) -> dict[str, list[str]]:
-        return _grouped((PurePosixPath(name).stem, name) for name in self.names if is_image_name(name))
-
-
-def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for key, name in pairs:
-        groups.setdefault(key, []).append(name)
-    return groups
+        groups: dict[str, list[str]] = {}
+        for name in self.names:
+            if is_image_name(name):
+                groups.setdefault(PurePosixPath(name).stem, []).append(name)
+        return groups
 
 
 def endings(names: Iterable[str]) -> Iterator[str]:

@@ -83,10 +83,17 @@ def exact_value(scalar: pa.Scalar) -> Any:
     if pa.types.is_dictionary(kind):
         return exact_value(scalar.dictionary[scalar.index.as_py()])
     if pa.types.is_map(kind):
-        return {str(entry["key"].as_py()): exact_value(entry["value"]) for entry in scalar.values}
+        by_key: dict[str, Any] = {}
+        for entry in scalar.values:
+            # a map may have keys of any type, an object of JSON has text alone
+            by_key[str(entry["key"].as_py())] = exact_value(entry["value"])
+        return by_key
     if pa.types.is_struct(kind):
-        # by position, since a struct may have two fields of one name
-        return {field.name: exact_value(scalar[position]) for position, field in enumerate(kind)}
+        by_name: dict[str, Any] = {}
+        for position, field in enumerate(kind):
+            # by position, since a struct may have two fields of one name
+            by_name[field.name] = exact_value(scalar[position])
+        return by_name
     if isinstance(scalar, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar | pa.ListViewScalar):
         return list(map(exact_value, scalar.values))
     if pa.types.is_duration(kind):
@@ -349,7 +356,8 @@ def _read_jsonl(file: BinaryIO, name: str, encoding: str) -> Rows:
     # lines are cut as bytes below, and in UTF-16 half of a character may look like a line end
     if encoding or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = decode_text(data, encoding).encode(errors="surrogateescape")
-    return JsonRows([line for line in data.removeprefix(codecs.BOM_UTF8).split(b"\n") if line.strip()])
+    lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    return JsonRows(list(filter(bytes.strip, lines)))
 
 
 def _read_json(file: BinaryIO, name: str, encoding: str) -> Rows:

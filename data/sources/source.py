@@ -353,8 +353,12 @@ def readable_text(name: str) -> str:
     """
     if name.isascii():
         return name
-    # Python decodes a byte 0x80 to 0xFF that is not UTF-8 as U+DC80 to U+DCFF (PEP 383)
-    return "".join(f"%{ord(sign) - 0xDC00:02X}" if "\udc80" <= sign <= "\udcff" else sign for sign in name)
+    readable: list[str] = []
+    for sign in name:
+        # Python decodes a byte 0x80 to 0xFF that is not UTF-8 as U+DC80 to U+DCFF (PEP 383)
+        is_byte = "\udc80" <= sign <= "\udcff"
+        readable.append(f"%{ord(sign) - 0xDC00:02X}" if is_byte else sign)
+    return "".join(readable)
 
 
 def inner_name(name: str) -> str:
@@ -381,7 +385,8 @@ _PAIRS_SEEN = 500
 def named_splits(source: PairSource) -> list[str]:
     """The splits that the metadata of pairs spread over the source name, sorted; empty if there are none."""
     step = max(1, len(source) // _PAIRS_SEEN)
-    return sorted({split for split in _splits(source, range(0, len(source), step)) if split})
+    splits = set(_splits(source, range(0, len(source), step)))
+    return sorted(splits - {""})
 
 
 def _splits(source: PairSource, numbers: Iterable[int]) -> Iterable[str]:
@@ -404,12 +409,15 @@ class SplitFilter:
         self._splits = tuple(dict.fromkeys(splits))
         self.captions_are_labels = source.captions_are_labels
         split_of = list(_splits(source, range(len(source))))
-        known = sorted({split for split in split_of if split})
+        known = sorted(set(split_of) - {""})
         for split in self._splits:
             if split not in known:
                 reason = suggest(split, known) if known else "it names no splits"
                 raise UsageError(f"--split {split}: no pair of the source is of this split; {reason}")
-        self._numbers = [number for number, split in enumerate(split_of) if split in (*self._splits, "")]
+        self._numbers: list[int] = []
+        for number, split in enumerate(split_of):
+            if split in self._splits or not split:
+                self._numbers.append(number)
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -253,10 +253,13 @@ class TableSource:
         if self.captions_are_labels and value is not None:
             # names of classes are often identifiers, as hot_dog
             return {UNNAMED: (self._options.template.replace("{}", str(value).replace("_", " ")),)}
-        in_languages = {name: row[name] for name in self._language_columns if name in row}
-        return parse_captions(
-            None, in_languages | {"captions": str(value) if isinstance(value, int | float) else value}
-        )
+        captions: dict[str, Any] = {}
+        for name in self._language_columns:
+            if name in row:
+                captions[name] = row[name]
+        # a caption such as 1984 is read as a number
+        captions["captions"] = str(value) if isinstance(value, int | float) else value
+        return parse_captions(None, captions)
 
 
 def names_only_addresses(table: Table, options: SourceOptions) -> bool:
@@ -307,7 +310,10 @@ def unique_keys(preferences: Sequence[tuple[Any, Any]]) -> list[str]:
     >>> unique_keys([(None, "a/1.jpg"), (None, "b/1.jpg"), ("x.y", "c.jpg"), (None, "c.d.jpg")])
     ['a-1', 'b-1', 'x_y', 'c_d']
     """
-    stems = Counter(PurePosixPath(str(name)).stem for raw, name in preferences if raw is None and name is not None)
+    stems: Counter[str] = Counter()
+    for raw, name in preferences:
+        if raw is None and name is not None:
+            stems[PurePosixPath(str(name)).stem] += 1
     keys: list[str] = []
     # first come, first served: the same table gives the same keys every time
     taken: set[str] = set()

@@ -164,7 +164,10 @@ def _inflated_beginning(tar: Path) -> bytes:
 
 def looks_like_shard(names: Sequence[str]) -> bool:
     """Whether files of a tar are samples: some image has a text, JSON or class of the same name."""
-    annotated_stems = {name.rpartition(".")[0] for name in names if name.lower().endswith((".txt", ".json", ".cls"))}
+    annotated_stems: set[str] = set()
+    for name in names:
+        if name.lower().endswith((".txt", ".json", ".cls")):
+            annotated_stems.add(name.rpartition(".")[0])
     for name in names:
         is_image = PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
         if is_image and name.rpartition(".")[0] in annotated_stems:
