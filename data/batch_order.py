@@ -169,6 +169,7 @@ class ArrangedOrder:
     def _arrange(self, epoch: int, block: int) -> _Arrangement:
         visits = self._cache("visits").get((epoch, block), lambda: self._visits(epoch, block))
         begin = epoch * self.num_samples + self._starts[block]
+        # positions count on over blocks and epochs, so that a batch may begin in one block and end in the next
         head = min(-begin % self.batch_size, len(visits))
         tail = self._tail(epoch, block)
         taken = {visit.place for visit in tail}
@@ -198,6 +199,7 @@ class ArrangedOrder:
         """The visits that a block leaves for the batch over its end, found from the end of its own order."""
 
         def choose() -> list[Visit]:
+            # without the block's arrangement: it needs the tail before, which would need that before, to the start
             visits = self._cache("visits").get((epoch, block), lambda: self._visits(epoch, block))
             end = epoch * self.num_samples + self._starts[block + 1]
             return sorted(_fill_one(_Bin(end % self.batch_size), visits[::-1], self))
@@ -211,6 +213,7 @@ class ArrangedOrder:
         is_repeated = self.base.times is not None
         visits: list[Visit] = []
         for place, sample_index in enumerate(located):
+            # a sample that a selection repeats must not meet itself either
             groups = self.identities(sample_index) if is_repeated else self._groups(sample_index)
             visits.append(Visit(place, sample_index, groups))
         return visits
@@ -253,6 +256,7 @@ class ArrangedOrder:
         return self._caches.setdefault(name, LruCache(_CACHED_BLOCKS))
 
     def __getstate__(self) -> dict[str, Any]:
+        # each process fills its own
         return self.__dict__ | {"_caches": {}}
 
 
@@ -359,6 +363,7 @@ def _repair(bins: list[_Bin]) -> None:
             for other in bins:
                 if other is target or not other.groups.isdisjoint(visit.groups):
                     continue
+                # without groups it is equal to nothing, wherever it goes
                 partner = next((own for own in other.visits if not own.groups), None)
                 if partner is not None:
                     other.swap(partner, visit)

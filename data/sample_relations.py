@@ -86,6 +86,7 @@ class SampleRelations:
         parts: list[bytes | str] = []
         for shard in self.shards:
             parts.append(shard.fingerprint)
+            # bytes in one order, so that the identity is the same on every machine
             for values in (shard.group_ends, shard.groups, shard.neighbour_ends, shard.neighbours):
                 parts.append(values.astype("<i8").tobytes())
         return compute_fingerprint(*parts)
@@ -96,6 +97,7 @@ class SampleRelations:
         Raises:
             UsageError: a tar is not among those that were related.
         """
+        # by content: the tars may have been renamed, moved, or given in another order since
         by_content = {shard.fingerprint: shard for shard in self.shards}
         related: list[ShardRelations] = []
         for url in urls:
@@ -126,6 +128,7 @@ class SampleRelations:
             raise UsageError(
                 f"{len(unknown)} of the shards that were embedded are not among those given; embed and relate the same."
             )
+        # numbered through over all shards, as groups and neighbours are stored
         positions = np.array([firsts[content] for content in contents], np.int64) + np.asarray(numbers, np.int64)
         of_position: dict[int, Int64[Array, " K"]] = {}
         for position, rows in zip(positions.tolist(), neighbours, strict=True):
@@ -176,6 +179,7 @@ def relate_samples(
         image_groups = image_groups + (groups.max() + 1 if len(groups) else 0)
         members = np.concatenate([members, image_members])
         groups = np.concatenate([groups, image_groups])
+    # by sample, so that the groups of each, and of each shard, are one slice
     order = np.argsort(members, kind="stable")
     groups = groups[order]
     ends = np.cumsum(np.bincount(members, minlength=len(table)))
@@ -232,6 +236,7 @@ def _shared(members: Int64[Array, " M"], groups: Int64[Array, " M"]) -> tuple[In
 def _flatten(lists: Iterable[Int64[Array, " K"]]) -> tuple[Int64[Array, " N"], Int64[Array, " K"]]:
     """Where each list ends, and all one after the other."""
     held = list(lists)
+    # an empty one in front: there may be no list at all, and numpy joins none
     ends = np.cumsum([len(values) for values in held], dtype=np.int64)
     return ends, np.concatenate([_NONE, *held])
 
@@ -247,6 +252,7 @@ def write_relations(path: Path, relations: SampleRelations) -> None:
     with atomic_write(path) as file, pa.ipc.new_file(file, schema) as writer:
         for shard in relations.shards:
             columns: list[pa.Array] = []
+            # plain offsets and values: whoever maps the file has both as arrays without a copy
             for ends, values in ((shard.group_ends, shard.groups), (shard.neighbour_ends, shard.neighbours)):
                 offsets = np.concatenate([[0], ends])
                 columns.append(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int64())))
@@ -300,6 +306,7 @@ def _read(path: Path) -> SampleRelations:
         first += samples
     total = first
     for shard in shards:
+        # beyond the samples it would end the loader in the middle of a run
         if len(shard.neighbours) and not 0 <= shard.neighbours.min() <= shard.neighbours.max() < total:
             raise ValueError("a neighbour is outside its samples")
     return SampleRelations(shards=tuple(shards))

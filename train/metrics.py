@@ -151,6 +151,7 @@ class StepTimer:
         while True:
             before = self._now()
             item = next(items, None)
+            # until here: what the caller does with the item is no waiting
             self._data_wait_seconds += self._now() - before
             if item is None:
                 return
@@ -229,6 +230,7 @@ def reduce_over_processes(reading: dict[str, float]) -> dict[str, float]:
     reducers: dict[str, Callable[[list[float]], float]] = {"images_per_second": math.fsum, "memory_bytes": max}
     merged: dict[str, float] = {}
     for name, own_value in reading.items():
+        # a process whose peak was too low leaves out its mfu
         values = [other.get(name, own_value) for other in readings]
         merged[name] = reducers.get(name, _mean)(values)
     return merged

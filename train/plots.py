@@ -110,6 +110,7 @@ def draw_comparison(
             _draw_reference(axes, expected[name], steps=steps)
         for number, (run, lines) in enumerate(runs.items()):
             _draw_line(axes, _points(lines, name), label=run, colour=f"C{number}", is_smoothed=panel.is_smoothed)
+        # one legend is enough: a colour is the same run in all panels
         if panel is first:
             axes.legend(fontsize=8, frameon=False)
 
@@ -234,7 +235,12 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _points(lines: Lines, name: str) -> list[tuple[int, float]]:
-    return [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
+    points: list[tuple[int, float]] = []
+    for line in lines:
+        # a line has what was measured at its step, and text beside numbers
+        if isinstance(line.get(name), int | float):
+            points.append((line["step"], line[name]))
+    return points
 
 
 def _loss_terms_in(lines: Lines) -> list[str]:

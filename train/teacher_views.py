@@ -85,6 +85,7 @@ def view_seeds(seed: int, key: str, number: int) -> np.ndarray:
     for view in range(number):
         text = f"{seed}/{view}/{key}".encode(errors="surrogatepass")
         digests.append(blake2b(text, digest_size=8, person=b"view").digest())
+    # read in one byte order, so that every machine draws the same crops
     return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 
 
@@ -230,6 +231,7 @@ class ViewedBatch:
 
     def views(self, size_index: int) -> UInt8[Tensor, "views 3 S S"]:
         """All views at size number `size_index`, sample by sample."""
+        # in a sample's row the views of one size stand behind those of the sizes before it
         first = sum(self._bytes(size) for size in self.sizes[:size_index])
         size = self.sizes[size_index]
         images = self.images[:, first : first + self._bytes(size)]

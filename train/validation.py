@@ -89,6 +89,7 @@ class Validation:
         """
         evaluated = EvaluatedModel(StepModel.at_step(model, step), sharing=TrainingProcesses(), pixels=self.pixels)
         values: dict[str, float] = {}
+        # bars of its own would break the run's
         with without_progress():
             if self.retrieval and self.data:
                 values |= self._retrieve(evaluated, self.retrieval, self.data, step)
@@ -97,6 +98,7 @@ class Validation:
                 values |= {OTHER + name: value for name, value in result.metrics().items()}
             if self.suite:
                 values |= _run_suite(evaluated, self.suite, step)
+        # several processes have a share each, and would write it over one another's
         if num_processes() == 1:
             for trunk in self.trunks:
                 trunk.save()
@@ -123,6 +125,7 @@ class Validation:
         self, model: EvaluatedModel, retrieval: Retrieval, data: EvaluationSet, step: int
     ) -> dict[str, float]:
         result, warnings = retrieval.measure(model, data)
+        # all have the same figures, and one says them
         if process_rank() == 0:
             for warning in warnings:
                 logger.warning(warning)
@@ -146,6 +149,7 @@ def open_validation(config: TrainConfig) -> Validation | None:
         validation.retrieval = Retrieval(languages=config.loader.languages, captions_each=config.val_captions_each)
     if config.val_suite:
         validation.suite = OpenSets(suite=read_suite(config.val_suite), root=Path(config.val_suite_root))
+        # a table of results marks a set that is absent, a run of days would not
         for absent in validation.suite.absent.values():
             raise UsageError(
                 f"--val-suite {config.val_suite}: {absent.name} is left out ({absent.reason}). Fetch it, name the "
@@ -210,6 +214,7 @@ class EvaluationClock:
         if not self.budget or self._last_end is None:
             return True
         expected = self._last_seconds
+        # the share after it: its own seconds count as spent and as time of the run
         is_within = self._spent + expected <= self.budget * (now + expected - self.started)
         if not is_within and not self._has_warned and self.is_main:
             self._has_warned = True

@@ -168,6 +168,7 @@ def sigmoid_loss(logits: Float[Tensor, "B N"], masks: PairMasks) -> Float[Tensor
 
 def hinge_loss(cosines: Float[Tensor, "B N"], masks: PairMasks, *, margin: float, hardest: bool) -> Float[Tensor, " B"]:
     """[margin + s(negative) - s(positive)]₊ summed over each row's negatives, or of its hardest; 0 if it has none."""
+    # `ranking` leaves one positive a row, so that the sum is its cosine
     positive = cosines.masked_fill(~masks.positives, 0).sum(dim=1, keepdim=True)
     hinges = (margin + cosines - positive).relu().masked_fill(~masks.negatives, 0)
     return hinges.amax(dim=1) if hardest else hinges.sum(dim=1)
@@ -225,6 +226,7 @@ class ContrastivePairs:
         shares_identity = same_identity(identities[0], self.same[1])
         if self.same_are_positives:
             return PairMasks(positives=is_partner | shares_identity)
+        # a pair shares its own identity, and stays positive
         return PairMasks(positives=is_partner, ignored=shares_identity & ~is_partner)
 
 
