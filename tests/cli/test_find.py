@@ -285,6 +285,13 @@ def test_killed_three_times_the_index_is_that_of_an_uninterrupted_run(
     assert len(rows(killed / "index")) == 200
 
 
+def test_a_pause_between_looks_is_longer_than_nothing(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(vlm.UsageError, match="poll_seconds = -1 is out of range"):
+        vlm.watch(photos, poll_seconds=-1)
+    assert main(["watch", str(photos), "--poll", "0"]) == 2
+    assert "poll_seconds = 0 is out of range: give seconds above 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("poll", [[], ["--poll", "0.2"]])
 def test_watch_says_a_line_for_each_batch_of_changes_and_ends_clean(
     photos: Path, model: Path, tmp_path: Path, poll: list[str]

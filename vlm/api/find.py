@@ -93,8 +93,10 @@ def watch(
 
     poll_seconds: look for changes so often instead of being told by the system, as network drives need.
 
-    Raises: as of `find`.
+    Raises: as of `find`, and UsageError if `poll_seconds` is not above 0.
     """
+    if poll_seconds is not None and not poll_seconds > 0:
+        raise UsageError(f"poll_seconds = {poll_seconds:g} is out of range: give seconds above 0.")
     return ImageFolder(folder, model=model, index=index).watch(poll_seconds=poll_seconds)
 
 

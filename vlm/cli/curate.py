@@ -142,17 +142,7 @@ class BuildConcepts:
         """Build, show."""
         from vlm.api.data import build_concepts
 
-        summary = build_concepts(
-            self.corpus,
-            self.out,
-            min_count=self.min_count,
-            min_pmi=self.min_pmi,
-            max_bigrams=self.max_bigrams,
-            titles=self.titles,
-            wordnet=self.wordnet,
-            case=self.case,
-            languages=self.languages,
-        )
+        summary = build_concepts(**call_options(self))
         if self.json:
             show_json(summary)
             return

@@ -1,13 +1,13 @@
 """`vlm eval`: what a model can do, as tables, JSON and a page."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.cli.options import DeviceOption, JsonOption, ModelArguments, PrecisionOption
+from vlm.cli.options import DeviceOption, JsonOption, ModelArguments, PrecisionOption, call_options
 from vlm.console import percent, pluralize, show_json, show_table
 from vlm.errors import UsageError, VlmError
 
@@ -113,10 +113,8 @@ class Eval:
         from vlm.api.evaluation import evaluate
         from vlm.evaluation.suite import SuiteEvaluation
 
-        options = {field.name: getattr(self, field.name) for field in fields(self)}
-        del options["json"], options["models"]
-        options["suite"] = self.suite or None
-        evaluation = evaluate(list(self.models), **options)
+        options = call_options(self, suite=self.suite or None)
+        evaluation = evaluate(list(options.pop("models")), **options)
         if self.json:
             show_json(evaluation)
         elif isinstance(evaluation, SuiteEvaluation):

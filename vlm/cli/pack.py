@@ -2,13 +2,13 @@
 
 import logging
 import shlex
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from vlm.cli.options import JsonOption
+from vlm.cli.options import JsonOption, call_options
 from vlm.console import quoted, show_fields, show_json, spaced_names
 from vlm.data.sources.source import SceneOptions, SourceKind
 
@@ -107,9 +107,7 @@ class Pack:
         """Pack, show the counts."""
         from vlm.api.packing import pack
 
-        options = {field.name: getattr(self, field.name) for field in fields(self)}
-        del options["json"]
-        summary = pack(**options)
+        summary = pack(**call_options(self))
         if self.json:
             show_json(summary)
             return

@@ -436,8 +436,6 @@ class Watch:
         """Update at every change, until Ctrl-C."""
         from vlm.api.find import watch
 
-        if self.poll is not None and not self.poll > 0:
-            raise UsageError(f"--poll {self.poll:g} is out of range: give seconds above 0.")
         try:
             for update in watch(self.folder, model=self.model, index=self.index, poll_seconds=self.poll):
                 if self.json:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from vlm.cli.options import JsonOption, ShardsArgument, WorkersOption
+from vlm.cli.options import JsonOption, ShardsArgument, WorkersOption, call_options
 from vlm.console import quoted, show_fields, show_json, show_table, spaced_names
 from vlm.train.presets import PRESETS, open_preset
 from vlm.train.run_config import TrainConfig
@@ -166,7 +166,7 @@ class TrainTokenizer:
         """Train, show."""
         from vlm.api.data import train_tokenizer
 
-        summary = train_tokenizer(self.shards, self.out, vocabulary=self.vocabulary, languages=self.languages)
+        summary = train_tokenizer(**call_options(self))
         if self.json:
             show_json(summary)
             return
