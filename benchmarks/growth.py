@@ -54,6 +54,7 @@ _NEEDS = {"load": "pack", "embed": "pack", "caption": "pack", "build": "embed", 
 _START_RUNS = 3
 _SHARE_OF_A_STAGE = 0.4
 _HARDLY_MORE = 1.25
+_LEAST_SIZES = 3
 _DRAWN_IMAGES = 1000
 _SAMPLES_PER_SHARD = 10_000
 _QUERIES = 200
@@ -91,6 +92,7 @@ class Runs:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        self._last: Costs | None = None
         kept = json.loads(file.read_text()) if file.is_file() else {}
         self.of: dict[str, dict[int, list[Costs]]] = {
             stage: {int(size): runs for size, runs in kept.get(stage, {}).items()} for stage in STAGES
@@ -98,15 +100,21 @@ class Runs:
 
     def add(self, stage: str, size: int, costs: Costs) -> None:
         """Keep the costs of one run."""
+        self._last = costs
         self.of[stage].setdefault(size, []).append(costs)
         write_text(self._file, json.dumps(self.of, indent=1))
 
     def estimate(self, stage: str, size: int) -> float:
-        """Seconds that a stage will take at most: as the largest size so far, and in proportion."""
-        sizes = self.of[stage]
-        largest = max(sizes)
+        """Seconds that a stage will take: its CPU time in proportion, and as slow as the last run on this machine."""
+        largest = max(self.of[stage])
+        start, cpu_s = self.of[stage][1][-1]["cpu_s"], self.of[stage][largest][-1]["cpu_s"]
         # one sample is all start: how long the first real size takes is not known
-        return sizes[largest][-1]["seconds"] * (size / largest if largest > 1 else 2.0)
+        work = max(cpu_s - start, 0.0) * size / largest if largest > 1 else start
+        return (start + work) * self._slowness
+
+    @property
+    def _slowness(self) -> float:
+        return self._last["seconds"] / self._last["cpu_s"] if self._last else 1.0
 
 
 def run(arguments: Arguments) -> None:
@@ -157,19 +165,21 @@ def fit_growth(costs: dict[int, list[Costs]]) -> dict[str, Any]:
     sizes = np.array([size for size, runs in costs.items() for _ in runs], float)
     cpu = np.array([run["cpu_s"] for runs in costs.values() for run in runs])
     fit: dict[str, Any] = {"sizes": [size for size in costs if size > 1], "power": None}
+    if len(fit["sizes"]) < _LEAST_SIZES:
+        return fit
     start = median(run["cpu_s"] for run in costs[1])
-    if len(sizes) > 3 and cpu[sizes.argmax()] > _HARDLY_MORE * start:
+    if cpu[sizes.argmax()] > _HARDLY_MORE * start:
         # in logarithms, since noise is a share of the time; all three together, so that the start's noise counts, too
         first = (math.log(start), math.log(max(cpu.max() - start, 1e-3) / sizes.max()), 1.0)
         best, covariance = curve_fit(_log_cost, sizes, np.log(cpu), first, maxfev=20_000)
-        fit |= {"start_s": math.exp(best[0]), "ms_per_sample": 1000 * math.exp(best[1]), "power": best[2]}
-        fit["power_interval"] = _interval(best[2], math.sqrt(covariance[2, 2]), len(sizes) - 3)
+        fit |= {"start_s": math.exp(best[0]), "power": float(best[2])}
+        fit["power_interval"] = _interval(float(best[2]), math.sqrt(covariance[2, 2]), len(sizes) - 3)
     for name in ("peak_mb", "own_mb"):
         pairs = [(size, run[name]) for size, runs in costs.items() for run in runs if size > 1 and name in run]
-        if len(pairs) > 2:
+        if pairs:
             # of one sample even the libraries' code is not all in memory
             line = linregress(*np.array(pairs).T)
-            slope, error = 1e4 * line.slope, 1e4 * line.stderr
+            slope, error = 1e4 * float(line.slope), 1e4 * float(line.stderr)
             fit[name] = {"per_10000": slope, "interval": _interval(slope, error, len(pairs) - 2)}
     return fit
 
@@ -336,7 +346,8 @@ def _median_of(runs: Sequence[Costs], name: str, form: str) -> str:
 def _power_text(fit: dict[str, Any], goal: float | None) -> tuple[str, str]:
     goal_text = f"≤ {goal}" if goal else ""
     if fit["power"] is None:
-        return "hardly more than the start", goal_text
+        is_short = len(fit["sizes"]) < _LEAST_SIZES
+        return "too few sizes" if is_short else "hardly more than the start", goal_text
     low, high = fit["power_interval"]
     return f"{fit['power']:.2f} ({low:.2f} to {high:.2f})", goal_text
 

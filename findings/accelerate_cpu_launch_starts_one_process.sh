@@ -15,7 +15,8 @@ cat >"$work/seen.py" <<'CODE'
 from accelerate import Accelerator
 
 accelerator = Accelerator()
-print("processes:", accelerator.num_processes, "on", accelerator.device.type, flush=True)
+# one write, so that two processes do not mix their words
+print(f"processes: {accelerator.num_processes} on {accelerator.device.type}\n", end="", flush=True)
 accelerator.end_training()
 CODE
 export HF_HOME="$work" OMP_NUM_THREADS=1

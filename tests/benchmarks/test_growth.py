@@ -43,6 +43,11 @@ def test_the_interval_holds_the_power_of_noisy_costs(fit_growth):
     assert 0.7 < low < 1.0 < high < 1.3
 
 
+def test_two_sizes_are_too_few_for_a_power(fit_growth):
+    costs = costs_of(1.0)
+    assert fit_growth({size: costs[size] for size in (1, 1000, 2000)}) == {"sizes": [1000, 2000], "power": None}
+
+
 def test_what_hardly_grows_has_no_power(fit_growth):
     assert fit_growth(costs_of(1.0, work=1e-6))["power"] is None
 
