@@ -141,6 +141,7 @@ class TrainingBatch:
     def changed(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
         """The same batch with each of its tensors changed; images that are still to be decoded are left."""
         tensors = self._map_small(change)
+        # where images are prepared, `images` is empty until the device has decoded them
         for name in ("images", "local_images"):
             images = getattr(self, name)
             if images is not None and not self.prepared:
@@ -504,6 +505,7 @@ class EvalCollator:
                 undecoded.append(sample_failure(sample_index, error, shards))
 
         size = self.view.size if self.view else 0
+        # only now: those that do not decode would leave gaps in the batch's memory
         stacked = shards.allocate_images((len(images), 3, size, size))
         if images:
             np.stack(images, out=stacked)

@@ -179,6 +179,7 @@ class CachedFeatures:
     def _blend(
         self, rows: Float[Array, "C F"], sample: Sample, caption: SampledCaption, rng: RandomSource
     ) -> Float[Array, " F"]:
+        # numbered over all languages: only the captions in the drawn one's language say the same
         first = 0
         for texts in sample.captions.values():
             if first <= caption.number < first + len(texts):
@@ -201,6 +202,7 @@ def _map_parts(parts: Sequence[Path]) -> list[np.ndarray]:
     arrays: list[np.ndarray] = []
     for part in parts:
         try:
+            # mapped: all workers share the pages, and read no more than the rows they draw
             arrays.append(np.load(part, mmap_mode="r"))
         except (OSError, ValueError) as error:
             raise VlmError(

@@ -130,6 +130,7 @@ def parse_captions(text: str | None, metadata: dict[str, Any]) -> Captions:
     captions: Captions = {}
     if isinstance(raw, dict):
         captions = {str(language): _texts(texts) for language, texts in raw.items()}
+    # the first that has any: img2dataset writes a text into both the file and `caption`
     if not any(captions.values()):
         captions = {UNNAMED: _texts(raw) or _texts(text) or _texts(metadata.get("caption"))}
     for name, value in metadata.items():
@@ -167,6 +168,7 @@ def select_languages(captions: Captions, languages: tuple[str, ...]) -> Captions
     else:
         named: Captions = {}
         for language, texts in captions.items():
+            # data in one language hardly ever says which
             named[languages[0] if language == UNNAMED else language] = texts
         selected = {}
         # in the order of the request: a seed draws another caption from another order

@@ -98,7 +98,9 @@ class SentencePieceTokenizer(Tokenizer):
             )
         size = self._pieces.vocab_size()
         self.context_length, self.vocab_size = context_length, size + 2
-        self.start_token, self.end_token = size, size + 1
+        # behind the pieces, so that no text can hold them
+        self.start_token = size
+        self.end_token = size + 1
 
     @override
     def encode(self, texts: Sequence[str]) -> np.ndarray:
@@ -168,6 +170,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @override
     def fingerprint(self) -> str:
+        # sorted: the library gives them in no order
         vocabulary = json.dumps(self._wrapped.tokenizer.get_vocab(), sort_keys=True)
         options = [json.dumps(self.options, sort_keys=True)] if self.options else []
         return compute_fingerprint("huggingface", vocabulary, str(self.context_length), *options)
@@ -245,7 +248,9 @@ class CausalTokenizer:
         if end is None:
             raise UsageError(f"The tokenizer of {source} has no end token, so captions would never end; give it one.")
         start = self._wrapped.bos_token_id
-        self.start_token, self.end_token = end if start is None else start, end
+        # without a start token a row begins with the end token, as the texts of GPT-2 and OPT do
+        self.start_token = end if start is None else start
+        self.end_token = end
         self.pad_token = len(self._wrapped)
         self.vocab_size = self.pad_token + 1
         self.context_length = context_length

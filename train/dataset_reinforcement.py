@@ -225,6 +225,7 @@ class Teachers:
 
 def _concatenate_embeddings(parts: Sequence[Float32[Tensor, "N _"]]) -> Float32[Tensor, "N D"]:
     """The teachers' unit vectors concatenated, at unit length again."""
+    # a dot product of two rows is then the mean of the teachers' cosines
     return torch.cat(list(parts), dim=1) / math.sqrt(len(parts))
 
 

@@ -119,6 +119,7 @@ def compare_with_reference(reference: ReferenceCurve, lines: Lines, steps: int) 
             continue
         compared += 1
         if not low <= value <= high:
+            # below the band a loss is better, above it a recall
             is_better = (value < low) == reference.lower_is_better
             departures.append(Deviation(share=share, value=value, low=low, high=high, is_better=is_better))
     return ReferenceComparison(reference=reference, compared=compared, departures=tuple(departures))
@@ -153,6 +154,7 @@ def reference_curve_of_runs(runs: Sequence[tuple[Lines, int]], metric: str, *, s
     degrees_of_freedom = (len(runs) - 1) * max(len(values_by_share) // 2, 1)
     # the spread is estimated from few runs, so Student's t instead of the normal 1.96
     t = _STUDENT_T[min(degrees_of_freedom, len(_STUDENT_T)) - 1]
+    # of one more run, which scatters by itself, about a mean that n runs tell only so well
     half_width = t * sqrt(1 + 1 / len(runs)) * sqrt(fmean(variances))
 
     highest = 1.0 if "recall" in metric or "top1" in metric else float("inf")
@@ -174,6 +176,7 @@ def _values_of_all_runs(runs: Sequence[tuple[Lines, int]], metric: str, *, width
             value = value_at(lines, metric, share=share, steps=steps, width=width)
             if value is not None:
                 measured.append(value)
+        # the spread is a mean over the shares, which only the same runs at each give
         if len(measured) == len(runs):
             values_by_share[share] = measured
     return values_by_share

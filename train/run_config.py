@@ -479,6 +479,7 @@ def _minimum_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]
         ("evaluate_budget", config.evaluate_budget, 0),
         ("val_captions_each", config.val_captions_each, 0),
         ("val_limit", config.val_limit, 0),
+        # -1 stands for what `epochs` makes
         ("steps", config.steps, -1),
         ("peak_tflops", config.peak_tflops, 0),
         ("checkpoint_every", safety.checkpoint_every, 1),

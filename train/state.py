@@ -75,6 +75,7 @@ class TrainState:
             "elapsed_seconds": self.elapsed_seconds,
             # names on disk are older than those of the attributes
             "guard": asdict(self.spike_guard),
+            # copies, since a thread writes them while training goes on
             "skipped": [dict(entry) for entry in self.skipped],
             "rewinds": self.num_rollbacks,
             "best": asdict(self.best) if self.best else None,

@@ -216,6 +216,7 @@ def keep_listed(context: FilterContext, parameters: KeyList) -> FilterResult:
 
 def _lies_at(table: SampleTable, position: int, shard: str, number: int | None) -> bool:
     address, own_number = table.where(position)
+    # from a slash on, so that shard `1` is not found in `a/11.tar`
     is_shard = f"/{address.removesuffix('.tar')}".endswith(f"/{shard}")
     return is_shard and number in (None, own_number)
 
@@ -260,6 +261,7 @@ def balance_clusters(context: FilterContext, parameters: ClusterCap) -> FilterRe
     """Keep each sample with probability cap / size of its cluster; small clusters stay whole."""
     stored = context.columns.aligned_values("cluster", context.sample_table)
     clustered = np.flatnonzero(context.is_remaining & stored.has_value & (stored.values >= 0))
+    # of the remaining alone: what an earlier filter dropped must not count as a cluster's size
     clusters, codes, sizes = np.unique(stored.values[clustered], return_inverse=True, return_counts=True)
     probabilities = np.minimum(1.0, parameters.cap / sizes)
     # samples in no cluster (below 0) stay as they are; those without a value are dropped
@@ -318,6 +320,7 @@ def decontaminate(context: FilterContext, parameters: Decontamination) -> Filter
     sample_table = context.sample_table
     evaluation_columns = frozenset({RequiredColumn.DIGEST, RequiredColumn.SIGNATURE})
     evaluation = context.scan(expand_shards(parameters.against), evaluation_columns)
+    # what cannot be decoded has no signature
     usable = np.flatnonzero(evaluation.is_usable)
 
     is_same_file = np.isin(sample_table.digests(), evaluation.digests()[usable])

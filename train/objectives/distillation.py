@@ -193,6 +193,7 @@ class PrototypeHead(nn.Module):
         projected = F.normalize(self.teacher_layers(embeddings), dim=-1)
         cosines = F.linear(projected, F.normalize(self.teacher_prototypes, dim=1))
         if self.training:
+            # in single precision: a sum in half precision would lose the last rows of a large batch
             self._sums.append(at_least_float32(cosines).sum(dim=0))
             self._count += len(cosines)
         return cosines

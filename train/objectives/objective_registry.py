@@ -77,6 +77,7 @@ def parse_objective(expression: str) -> tuple[WeightedLossTerm, ...]:
         UsageError: it cannot be read, names an unknown term (the nearest is named) or one twice.
     """
     terms: list[WeightedLossTerm] = []
+    # an alias stands for a whole expression, not for a term of one
     for summand in ALIASES.get(expression.strip(), expression).split("+"):
         match = _SUMMAND.fullmatch(summand.strip())
         try:
@@ -91,6 +92,7 @@ def parse_objective(expression: str) -> tuple[WeightedLossTerm, ...]:
             )
         name = match["name"]
         terms.append(WeightedLossTerm(name=name, weight=weight, term=lookup(LOSS_TERMS, name, "objective")))
+    # losses are kept by name: the second would replace the first
     names = [weighted.name for weighted in terms]
     if len(set(names)) < len(names):
         raise UsageError(f"objective = {expression!r} names a term twice; give it one weight.")
