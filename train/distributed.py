@@ -95,6 +95,7 @@ def apply_fsdp(
         raise UsageError("--sharding fsdp shards weights over processes, and there is one; use accelerate launch.")
     # one dimension: every process holds 1/N of each weight
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # gradients are summed in single precision: bf16 has 8 bits
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if is_bf16 else None
     fsdp_options = {"mesh": mesh, "mp_policy": precision or MixedPrecisionPolicy()}
     for block in _blocks_to_shard(task, min_parameters):
@@ -171,6 +172,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float
     for group in groups:
         gradients = [parameter.grad for parameter in group if parameter.grad is not None]
         norms.append(to_full_tensor(torch.nn.utils.get_total_norm(gradients)))
+    # one norm for all: processes that scaled by norms of their own would drift apart where weights are whole
     total_norm = torch.linalg.vector_norm(torch.stack(norms))
     for group in groups:
         torch.nn.utils.clip_grads_with_norm_(group, max_norm, total_norm)

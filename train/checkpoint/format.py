@@ -95,6 +95,7 @@ def new_best(best: BestCheckpoint | None, metric: str, values: Mapping[str, Any]
         measured = ", ".join(name for name, value in values.items() if isinstance(value, float))
         raise UsageError(f"keep_best = {metric!r} is not measured on val; name one of {measured}.")
     value = float(values[metric])
+    # negated, since NaN is no gain and compares false
     if best is not None and best.metric == metric and not value > best.value:
         return None
     return BestCheckpoint(metric=metric, value=value, step=step)
@@ -153,6 +154,7 @@ def take_snapshot(
             full_tensor = to_full_tensor(tensor)  # an exchange that every process must take part in
             if is_main:
                 copies[name] = host.copy(f"{file}/{name}", full_tensor)
+        # the optimizer's file is always read, also where it holds nothing before the first step
         if copies or file == OPTIMIZER:
             tensors[file] = copies
     if not is_main:
@@ -167,6 +169,7 @@ def take_snapshot(
 def state_tensors(state: TrainState) -> dict[str, Mapping[str, Tensor]]:
     """The tensors of a state as it holds them, by file and name."""
     optimizer_tensors: Tensors = {}
+    # by the name of the weight, where the optimizer itself has numbers that depend on its groups
     for name, parameter in state.task.named_parameters():
         for key, value in state.optimizer.state.get(parameter, {}).items():
             optimizer_tensors[f"{name}/{key}"] = value
