@@ -103,6 +103,7 @@ def build_index(
     """
     started = time.perf_counter()
     check_not_exists(out)
+    # checksums now: a damaged part found in the middle would waste the training before it
     source = Embeddings.open(embeddings, verify=True)
     resolved_kind = resolve_index_type(kind, len(source))
     if kind != resolved_kind:
@@ -121,6 +122,7 @@ def build_index(
                 uid_column=column,
                 evidence=evidence or {},
             )
+            # counted before the rename, so that a failure leaves no folder under the final name
             num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
         raise VlmError(f"{out} cannot be written: {error}; nothing was kept.") from error
@@ -222,6 +224,7 @@ def build_autotuned(
     if search_params is not None:
         retuned = search_params_dict(plan.kind, effort=search_params.effort, rerank=search_params.rerank)
         summary = replace(summary, parameters=summary.parameters | retuned)
+    # opened anew, as a search would: what was written is verified, not what is in memory
     index = Index.open(out)
     try:
         verification = verify_plan(index, source, plan)
@@ -246,6 +249,7 @@ def _write_index(
     written = write_segment(
         folder, 0, iter_stored_blocks(source), rows, dimension=source.dimension, kind=kind, tuning=tuning
     )
+    # a generator: the origins of all rows need not be in memory together
     origins = (with_uid_of(origin, uid_column) for origin in source.origins())
     write_catalogue(folder / catalogue, enumerate(origins), generation=FIRST_VERSION)
     details = IndexDetails(

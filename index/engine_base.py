@@ -283,12 +283,14 @@ class EngineIndex(ABC, Generic[SnapshotT]):
         self.require_open()
         # one thread opens the new version; the others wait and find it open
         with self._refresh_lock:
+            # read before the version is opened: a commit in between shows at the next call
             stamp = manifest_stamp(self.folder)
             if stamp == self._stamp:
                 return False
             before = self.manifest
             self._open_newest()
             self._stamp = stamp
+            # the file may be newer and yet say the same, as after a copy of the folder
             return self.manifest != before
 
     @abstractmethod
@@ -297,6 +299,7 @@ class EngineIndex(ABC, Generic[SnapshotT]):
 
     def close(self) -> None:
         """Release what the catalogue has open."""
+        # first, so that a search in another thread is refused instead of failing within SQLite
         self._is_closed = True
         self.catalogue.close()
 
@@ -318,6 +321,7 @@ class EngineIndex(ABC, Generic[SnapshotT]):
         space = self.details.space
         if fingerprint == space.fingerprint:
             return
+        # the same name with other weights is a mistake of its own, with another cure
         if name == space.model:
             raise UsageError(
                 f"{name} has changed since it embedded {self.folder}: its fingerprint was {space.fingerprint} and is "
@@ -374,6 +378,7 @@ def _nearest(
     snapshot: EngineSnapshot, queries: Float[Array, "Q D"], top: int, allowed_rows: RowSelection | None
 ) -> ScoredRows:
     units = normalize_queries(queries, top, snapshot.details.space.dimension)
+    # segments look rows up by bisection, which gives wrong rows for unsorted ones
     if isinstance(allowed_rows, np.ndarray) and not (np.diff(allowed_rows) > 0).all():
         raise UsageError("allowed_rows must be distinct and ascending, as from Catalogue.where.")
     scores, rows = snapshot.nearest(units, top, allowed_rows)

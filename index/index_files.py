@@ -214,5 +214,6 @@ def read_previous(folder: Path, manifest: Manifest) -> Manifest | None:
     if not (folder / name).is_file():
         return None
     previous = read_manifest(folder, "index", name=name)
+    # read for its checks alone: a version of another layout cannot be rolled back to
     IndexDetails.from_manifest(previous, folder)
     return previous

@@ -210,6 +210,7 @@ def with_search_params(pending: PendingVersion, *, effort: int | None, rerank: i
     """The same with other search parameters of its largest segment, which a compaction will use too."""
     segments = list(pending.details.segments)
     number = max(range(len(segments)), key=lambda number: segments[number].rows)
+    # the others came with later changes and are flat, which has no parameters
     largest = segments[number]
     search_params = search_params_dict(largest.kind, effort=effort, rerank=rerank)
     segments[number] = replace(largest, parameters=largest.parameters | search_params, rerank=rerank)
@@ -240,6 +241,7 @@ def version_to_restore(folder: Path, manifest: Manifest) -> Manifest:
     if previous is None:
         why = "nothing has changed since it was built" if manifest.generation == 1 else "its last change kept none"
         raise UsageError(f"{folder} has no version before {manifest.generation} to roll back to: {why}.")
+    # before anything changes: a damaged version must not replace one that works
     check_files(folder, previous.files, verify=True, cure="that version cannot be restored")
     if not (folder / previous.details["catalogue"]).is_file():
         raise VlmError(f"{folder / previous.details['catalogue']} is missing; that version cannot be restored.")
@@ -379,6 +381,7 @@ class IndexWriter(EngineWriter[IndexSnapshot]):
         """
         started = time.perf_counter()
         snapshot = self.snapshot
+        # a compact index is not written again: it would cost a training and give the same
         if not kind and tuning is None and self._is_compact():
             if not keep_previous:
                 discard_previous(self.folder, snapshot.manifest, snapshot.details, failpoint=self._failpoint)
@@ -403,6 +406,7 @@ class IndexWriter(EngineWriter[IndexSnapshot]):
 
     def set_metadata(self, changes: Mapping[int, Mapping[str, Any]]) -> CommitInfo:
         """As of `EngineWriter.set_metadata`."""
+        # only what differs: setting the same again makes no version
         edits = self._metadata_edits(changes)
         return self._edit("set", len(edits), lambda database: edit_metadata(database, edits))
 
@@ -411,6 +415,7 @@ class IndexWriter(EngineWriter[IndexSnapshot]):
 
         addresses: the new one by the old one; those that no row has are ignored.
         """
+        # the details may name shards of which no row is left, and rows may be image files, which no list names
         present = {*self.snapshot.details.shards, *self.snapshot.catalogue.addresses()}
         moved = {old: new for old, new in addresses.items() if old != new and old in present}
         shards = tuple(dict.fromkeys(moved.get(shard, shard) for shard in self.snapshot.details.shards))
@@ -427,6 +432,7 @@ class IndexWriter(EngineWriter[IndexSnapshot]):
         started = time.perf_counter()
         previous = version_to_restore(self.folder, self.snapshot.manifest)
         with self._rolling_back_on_error():
+            # forward, not back: readers only ever look for a higher number
             pending = restored_version(self.snapshot, previous, next_row=self._next_row())
             source = self.folder / previous.details["catalogue"]
 
@@ -507,6 +513,7 @@ class IndexWriter(EngineWriter[IndexSnapshot]):
 
     def _next_row(self) -> int:
         """A row number that was never used, not even by a change that was rolled back."""
+        # a change that was killed may have left rows in the catalogue, which are hidden and not yet gone
         return max(self.snapshot.details.next_row, max_row(self.snapshot.catalogue.path) + 1)
 
     def _write_batch(
@@ -519,6 +526,7 @@ class IndexWriter(EngineWriter[IndexSnapshot]):
         sources: tuple[str, ...],
     ) -> None:
         snapshot = self.snapshot
+        # numbers are never used twice, so that a reader of an old version cannot mistake one row for another
         first = self._next_row()
         keep = len(snapshot.views) - num_segments_to_merge(snapshot.views, batch.count)
         written = self._write_merged(batch, keep, deleted_rows, first)

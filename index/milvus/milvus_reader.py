@@ -110,6 +110,7 @@ class MilvusSnapshot(EngineSnapshot):
         # a folder that is gone or damaged is an error of `refresh`, not of a search in what is open
         with suppress(VlmError, OSError):
             newest = read_manifest(self.folder, "index")
+        # a folder that was built anew has another collection, and ours is as it was
         is_same = newest.details.get("collection") == self.details.collection
         if is_same and newest.details["oldest"] > self.number:
             raise VlmError(
@@ -127,6 +128,7 @@ class MilvusSnapshot(EngineSnapshot):
         Raises:
             VlmError: one of the rows is missing.
         """
+        # each row is fetched once, however often it is asked for
         numbers = [int(row) for row in np.unique(rows)]
         by_row: dict[int, Float32[Array, " D"]] = {}
         for entity in self.connection.fetch(
@@ -161,6 +163,7 @@ class MilvusSnapshot(EngineSnapshot):
         if not len(self):
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
         results = self._search(queries, depth, expression)
+        # an approximate search under a filter may stop before it has enough; a flat one never does
         if self.details.kind != "flat" and any(len(result) < depth for result in results):
             results = self._complete(queries, depth, expression, results)
         return _as_arrays(results)
@@ -176,6 +179,7 @@ class MilvusSnapshot(EngineSnapshot):
     def _search(self, queries: Float32[Array, "Q D"], top: int, expression: str) -> list[list[tuple[float, int]]]:
         details = self.details
         is_coded = details.kind == "ivfsq"
+        # codes of 8 bits misorder near neighbours, so more are taken and their stored vectors decide
         depth = min(top * _RESCORED, MOST_RESULTS) if is_coded else top
         results = self.connection.search(
             details.collection,
@@ -209,6 +213,7 @@ class MilvusSnapshot(EngineSnapshot):
         for entity in self.connection.iterate(self.details.collection, expression, ["row", "vector"]):
             for result, cosine in zip(exact, (queries @ vector_of(entity)).tolist(), strict=True):
                 result.append((cosine, entity["row"]))
+                # cut back now and then, so that memory does not grow with the rows
                 if len(result) > 2 * top + 1000:
                     result[:] = sorted(result, key=_best_first)[:top]
         return [sorted(result, key=_best_first)[:top] for result in exact]
@@ -248,6 +253,7 @@ def open_milvus_snapshot(folder: Path, connection: MilvusConnection | None = Non
     manifest = read_manifest(folder, "index")
     details = MilvusDetails.from_manifest(manifest, folder)
     address = MilvusAddress.parse(details.address)
+    # the folder may have been relocated to another server since
     is_reused = connection is not None and connection.address == address
     opened = connection if connection is not None and is_reused else _connect(address, folder)
     try:
@@ -257,6 +263,7 @@ def open_milvus_snapshot(folder: Path, connection: MilvusConnection | None = Non
         if not is_reused:
             opened.close()
         raise
+    # the catalogue asks the snapshot for what is visible, and the snapshot holds the catalogue: the name is bound later
     snapshot: MilvusSnapshot
 
     def visible() -> str:
@@ -300,6 +307,7 @@ class MilvusIndex(EngineIndex[MilvusSnapshot]):
         manifest = self.manifest
         details = self.snapshot.details
         space = details.space
+        # deleted rows take their place until a compaction
         num_stored = len(self) + manifest.counts["dead"]
         return IndexInfo(
             folder=str(self.folder),

@@ -214,6 +214,7 @@ class SearchIndex:
                 raise UsageError(
                     f"queries holds {query!r}: give texts, or queries as vlm.service.query.Query(texts=…)."
                 )
+            # options belong to texts; a query says for itself what it wants
             prepared.append(replace(defaults, texts=(query,)) if isinstance(query, str) else query)
         return self._service.search_many(prepared, names=names)
 
@@ -357,6 +358,7 @@ class SearchIndex:
         def change(writer: "EngineWriter") -> "CommitInfo":
             snapshot = writer.snapshot
             rows = snapshot.catalogue.where(condition) if condition else rows_to_delete(snapshot, names)
+            # under the lock: between a dry run and this call another writer may have added rows
             _check_expected(len(rows), expect)
             return writer.delete_rows(rows)
 
@@ -503,9 +505,11 @@ class SearchIndex:
         def change(writer: "EngineWriter") -> "AddSummary":
             found = addition
             allowed_rows = writer.snapshot.catalogue.where(condition) if condition else None
+            # another writer may have added some of these since they were looked up
             if not (replace_known or addition.is_finished):
                 found = rows_to_write(addition, writer.snapshot)
             if found.batch is None:
+                # nothing is new: no version is made, and the answer is about the present one
                 info = writer.describe()
             elif addition.is_finished and not replace_known:
                 info = writer.add(found.batch)

@@ -58,6 +58,7 @@ class SetImages:
 
     def plan(self, batch_size: int) -> SequentialBatches:
         """The batches of these images in their order; the number of a sample index is that in its shard."""
+        # a selection as times of each sample: 1 reads it, 0 leaves it out
         mask = np.zeros(sum(self.counts), np.uint8)
         mask[self.numbers] = 1
         return SequentialBatches(counts=self.counts, batch_size=batch_size, times=np.split(mask, self.ends[:-1]))
@@ -133,6 +134,7 @@ class _SetCollator:
                 rows.append(row)
             except BadSample as error:
                 failures[row] = str(error)
+        # in memory that workers share with the main process, so that a batch is not copied through a pipe
         pixels = shards.allocate_images((len(views), 3, self.view.size, self.view.size))
         if views:
             np.stack(views, out=pixels)
@@ -198,6 +200,7 @@ class EvaluationSet:
     def select(self, rows: Sequence[int] | Int64[Array, " M"]) -> "EvaluationSet":
         """Only these rows, which are given in rising order."""
         chosen = np.asarray(rows, dtype=np.int64)
+        # rising rows, so as many as there are means all of them: the digest and the cached features stay
         if len(chosen) == len(self):
             return self
         return replace(
@@ -293,6 +296,7 @@ def open_evaluation_set(
         raise UsageError(f"No sample of {url} can be used.")
     if 0 < limit < len(opened):
         opened = opened.select(range(limit))
+    # names and counts may stay where images are replaced, so that some of their bytes are part of the identity
     return replace(opened, digest=compute_fingerprint(opened.digest, *_some_images(opened)))
 
 
@@ -417,6 +421,7 @@ def _some_images(opened: EvaluationSet) -> Iterator[bytes]:
 def _classes_of(content: bytes | None, key: str, class_list: Sequence[str]) -> tuple[str, ...]:
     """The classes that KEY.cls names: one, or several numbers."""
     text = "" if content is None else content.decode(errors="replace").strip()
+    # a class may itself be called "1, 2"
     if _SEVERAL_NUMBERS.fullmatch(text) and text not in class_list:
         return tuple(class_of(number.encode(), key, class_list) for number in _NUMBERS.findall(text))
     return (class_of(content, key, class_list),)

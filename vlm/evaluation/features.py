@@ -121,6 +121,7 @@ class PixelMemory:
         for batch in open_batches():
             num_bytes += batch.images.nbytes
             if self._used_bytes + num_bytes > self.max_bytes:
+                # half a set is of no use: its batches are let go, and it is read again next time
                 kept = None
             if kept is not None:
                 # a copy, since a batch of a loader may lie in memory that is used again
@@ -179,12 +180,14 @@ class FeatureCache:
         path = self._folder / key
         with atomic_write(path.with_suffix(".npy")) as file:
             np.save(file, features.vectors)
+        # the vectors first: without its JSON a file counts as unfinished, whoever was interrupted
         entry = _Entry(
             sha256=sha256_file(path.with_suffix(".npy")),
             shape=features.vectors.shape,
             failures={str(row): reason for row, reason in features.failures.items()},
         )
         write_text(path.with_suffix(".json"), json_text(asdict(entry)) + "\n")
+        # mapped, not what was computed, so that the first use and every later one read the same
         return Features(np.load(path.with_suffix(".npy"), mmap_mode="r"), features.failures)
 
     def _read(self, path: Path) -> Features | None:
@@ -267,6 +270,7 @@ class EvaluatedModel:
             raise UsageError(f"No image of {data.name} can be used: {reason}.")
         if features.failures:
             logger.warning(f"{len(features.failures):,} of {len(data):,} images of {data.name} cannot be decoded.")
+            # features have rows only for what could be decoded, so the set must have the same
             data = data.select([row for row in range(len(data)) if row not in features.failures])
         return data, features.vectors
 
@@ -280,6 +284,7 @@ class EvaluatedModel:
         return self._cache.get(key, lambda: self._compute_texts(texts)).vectors
 
     def _key(self, kind: str, *parts: str) -> str:
+        # what decides over a vector's bits: the weights, how they compute, and what they see
         precision = str(getattr(self.encoder, "precision", ""))
         identity = compute_fingerprint(_FORMAT, type(self.encoder).__name__, self.fingerprint, precision, *parts)
         return f"{kind}-{identity}"
@@ -298,7 +303,9 @@ class EvaluatedModel:
                 if batch.rows:
                     vectors = self._embed(batch.images, layer)
                     num_embedded += 1
+                # by its lowest row, since processes take batches in turn and their parts are put in order later
                 embedded.append((min((*batch.rows, *batch.failures)), vectors, batch.failures))
+                # the others are as far as this process, near enough for a bar
                 bar.update((len(batch.rows) + len(batch.failures)) * self._sharing.num_processes)
         self._keep_pace(len(data.images.plan(IMAGES_AT_ONCE)), num_embedded, lambda: self._embed(self._blank(), layer))
         rows: list[np.ndarray] = []

@@ -94,6 +94,7 @@ class Rejection:
         for score, (inside, outside) in scored.scores.items():
             separations[score] = measure_separation(inside, outside)
             values |= _values(score, separations[score], resampled_separations(inside, outside, rng=rng))
+        # by AUROC, which needs no threshold; the threshold comes from the better score only
         best = max(separations, key=lambda score: separations[score].auroc)
         rule = replace(scored.rule, score=best, threshold=separations[best].threshold)
         details = RejectionResult(
@@ -135,11 +136,13 @@ class Rejection:
             truth = np.asarray([classes[0] if classes else predicted for classes, predicted in labelled])
         rule = RejectRule(threshold=0.0, fingerprint=model.fingerprint, classes=texts[0].names)
         scores: dict[RejectScore, tuple[np.ndarray, np.ndarray]] = {"similarity": (similarity, other_similarity)}
+        # half of each class: distances of images that a covariance was fitted to come out too small
         is_fitted = every_other_of_class(truth)
         try:
             rule = replace(rule, lda=fit_whitened_lda(images[is_fitted], truth[is_fitted]))
             held_out = rule.scores(images[~is_fitted], similarity[~is_fitted])
             scores["whitened-lda"] = (held_out, rule.scores(other_images, other_similarity))
+        # too few images of classes for a covariance: similarity alone is measured, and the report says so
         except UsageError:
             is_fitted = np.zeros(len(images), bool)
         return _Scored(inside=data, outside=others, scores=scores, is_fitted=is_fitted, rule=rule)
@@ -160,6 +163,7 @@ def _nearest(
     images: Float32[Array, "N D"], classifier: Float32[Array, "K D"]
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
     """The class each image is taken for, and the cosine with it."""
+    # no truths: only the nearest class and its cosine are wanted
     ranking = rank_classes(images, classifier, [[]] * len(images))
     return ranking.prediction, ranking.similarity.astype(np.float64)
 
@@ -189,6 +193,7 @@ def _samples(scored: _Scored) -> pa.Table:
         inside, outside = scored.scores["whitened-lda"]
         column = np.zeros(len(scored.inside))
         column[~scored.is_fitted] = inside
+        # null, not a number, for images the score was fitted to: they must not enter a figure
         is_unknown = np.append(scored.is_fitted, np.zeros(num_outside, bool))
         columns["whitened_lda"] = pa.array(np.append(column, outside), mask=is_unknown)
     return pa.table(columns)

@@ -123,8 +123,10 @@ def class_rows(models: Models, *, rng: np.random.Generator) -> list[ClassRow]:
     for _, measurement in models:
         by_model.append(None if measurement is None else _accuracy_by_class(measurement, rng))
     known = [classes for classes in by_model if classes]
+    # a table of more rows would make the page too heavy to open
     if not known or len(known[0]) > _MAX_CLASSES:
         return []
+    # models may have decoded different images, so a class counts as many as the first of them has
     sizes: dict[str, int] = {}
     for classes in known:
         for name, (_, num_images) in classes.items():
@@ -186,6 +188,7 @@ def is_drawn(value: str, measurement: Measurement) -> bool:
 
 
 def _recall_charts(models: Models) -> list[LineChart]:
+    # one chart for each direction or language, with a line for each model
     by_title: dict[str, list[tuple[int, str, Float64[Array, " M"]]]] = {}
     for number, (name, measurement) in enumerate(models):
         for answers in answers_of(measurement) if measurement else ():
@@ -200,6 +203,7 @@ def _largest_cutoff(ranks: Sequence[tuple[int, str, Float64[Array, " M"]]]) -> i
 
 def _recall_chart(title: str, ranks: Sequence[tuple[int, str, Float64[Array, " M"]]]) -> LineChart:
     end = _largest_cutoff(ranks)
+    # evenly spaced on a logarithmic axis, where a recall curve is nearly straight
     cutoffs = np.unique(np.geomspace(1, end, 40).round()).astype(int)
     lines: list[Line] = []
     for number, name, of_model in ranks:
@@ -224,6 +228,7 @@ def _reliability_chart(models: Models) -> list[LineChart]:
             continue
         probability = table["probability"].cast(pa.float64()).to_numpy()
         is_right = table["is_right"].cast(pa.float64()).to_numpy()
+        # a probability of 1 belongs to the last bin, not to one behind it
         bin_of = np.minimum((probability * _RELIABILITY_BINS).astype(int), _RELIABILITY_BINS - 1)
         points: list[Point] = []
         for bin_number in np.unique(bin_of):

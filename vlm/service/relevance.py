@@ -67,6 +67,7 @@ class NullScores:
     @property
     def spread(self) -> float:
         """Standard deviation of the normal distribution through both."""
+        # the lower half only: some texts may be related to a few rows, which stretches the upper one
         return max((self.median - self.lower_quartile) / _QUARTILE, _MIN_SPREAD)
 
     def probability(self, cosine: float) -> float:
@@ -149,6 +150,7 @@ class Calibrator:
         """
         path = snapshot.folder / CALIBRATION_FILE
         record = self._records.get(kind)
+        # another process may have measured it since
         if record is None or not _fits(record, snapshot):
             self._records = _read_records(path)
             record = self._records.get(kind)
@@ -172,6 +174,7 @@ def measure(snapshot: EngineSnapshot, kind: NullKind, embed_texts: EmbedTexts) -
             "--relevant."
         )
     queries = embed_texts(unrelated_texts()) if kind == "words" else _random_rows(snapshot)
+    # the same search as for any query, so that what an approximate index misses is missed here, too
     scores, _ = snapshot.nearest(np.ascontiguousarray(queries, np.float32), 1)
     lower_quartile, median = np.quantile(scores[:, 0].astype(np.float64), [0.25, 0.5])
     return NullScores(median=float(median), lower_quartile=float(lower_quartile))
@@ -220,6 +223,7 @@ def _fits(record: dict[str, Any], snapshot: EngineSnapshot) -> bool:
     now = _identity(snapshot)
     if any(record[name] != now[name] for name in ("model_fingerprint", "embeddings", "texts")):
         return False
+    # rows above the last number are new, and of those below it as many are gone as are missing
     num_old = int(np.searchsorted(snapshot.rows, record["last_row"], side="right"))
     num_changed = (record["rows"] - num_old) + (now["rows"] - num_old)
     return num_changed <= _MAX_CHANGE * record["rows"]
@@ -228,6 +232,7 @@ def _fits(record: dict[str, Any], snapshot: EngineSnapshot) -> bool:
 def _read_records(path: Path) -> dict[str, dict[str, Any]]:
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
+        # a record of another version, with other keys, is measured again
         wanted = {"model_fingerprint", "embeddings", "texts", "rows", "last_row", "median", "lower_quartile"}
         return {kind: record for kind, record in records.items() if set(record) == wanted}
     except FileNotFoundError:

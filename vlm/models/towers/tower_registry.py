@@ -95,6 +95,7 @@ def set_dropout(
         if not value:
             continue
         keys = {"vision_cfg": _vision_key(config["vision_cfg"], kind), "text_cfg": _text_key(config["text_cfg"], kind)}
+        # open_clip's own captioners have no dropout in their decoder
         if kind == "dropout" and DECODER_KEY in config and uses_towers(config):
             keys[DECODER_KEY] = kind
         if not any(keys.values()):
@@ -312,6 +313,7 @@ def parse_towers(name: str) -> Values:
         # one linear map to the language model's space, and nothing else
         named = _with_decoder(named, {TOWER_KEY: LIMBER, "width": named["text_cfg"]["lm_width"]})
         named["vision_cfg"]["decoder_norm"] = False
+    # completed before γ is chosen, which depends on the trunk that the name stands for
     config = resolve_tower_configs(named)
     if image_options.get("pooling") == "simpool" and "gamma" not in image_options:
         config["vision_cfg"]["gamma"] = _authors_gamma(config)
@@ -375,6 +377,7 @@ def resolve_tower_configs(config: Values) -> Values:
             continue
         kind, name = _choose(table, values[TOWER_KEY])
         values = kind.complete(values, name)
+        # read and written back, so that an unknown key is named here and not when the network is built
         completed[part] = config_to_values(read(values)) if kind.build else values
     # both towers are open_clip's now; CustomTextCLIP keeps the names of TowerNetwork's parts
     if not uses_towers(completed):
@@ -451,11 +454,13 @@ class TowerNetwork(nn.Module):
         for key in config:
             if key not in _KEYS:
                 raise UsageError(f"model_cfg: unknown key {key!r} for towers; {suggest(key, list(_KEYS))}")
+        # again, although complete as a rule: a model_cfg written by hand may hold names alone
         values = resolve_tower_configs(config)
         self.visual = build_image_tower(values["vision_cfg"], values["embed_dim"])
         self.text = build_text_tower(values["text_cfg"], values["embed_dim"])
         self.logit_scale = nn.Parameter(torch.tensor(float(values.get("init_logit_scale", INITIAL_SCALE))))
         bias = values.get("init_logit_bias")
+        # registered even when absent, so that the attribute exists for CLIP and SigLIP alike
         self.register_parameter("logit_bias", None if bias is None else nn.Parameter(torch.tensor(float(bias))))
 
     def encode_image(self, image: Float[Tensor, "B 3 H W"], normalize: bool = False) -> Float[Tensor, "B D"]:
