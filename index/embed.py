@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -364,7 +364,8 @@ class ShardEmbedder:
         missing = self.missing_parts(numbers)
         if not missing:
             return
-        has_images = any(output.space.modality == "image" for lacking in missing.values() for output in lacking)
+        lacking = chain.from_iterable(missing.values())
+        has_images = any(output.space.modality == "image" for output in lacking)
         total = sum(self.num_samples(numbers))
         done = total - sum(self.num_samples(list(missing)))
         try:

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def match_table(
     """
     by_key = _lines_by_key(lines, key, columns)
     # an ordered set over all lines: one without an empty cell has columns that others lack
-    names = list(dict.fromkeys(name for line in by_key.values() for name in line))
+    names = list(dict.fromkeys(chain.from_iterable(by_key.values())))
     for name in names:
         if name in _FIXED or not is_field(name):
             raise UsageError(

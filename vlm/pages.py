@@ -93,7 +93,10 @@ def caption_pairs(captions: Mapping[str, Sequence[str]]) -> list[tuple[str, str]
     >>> caption_pairs({"en": ("a dog",), "de": ("ein Hund",)})
     [('en', 'a dog'), ('de', 'ein Hund')]
     """
-    return [(language, text) for language, texts in captions.items() for text in texts]
+    pairs: list[tuple[str, str]] = []
+    for language, texts in captions.items():
+        pairs += [(language, text) for text in texts]
+    return pairs
 
 
 def format_number(value: float) -> str:

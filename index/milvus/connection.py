@@ -328,7 +328,8 @@ class MilvusConnection:
                     consistency_level="Strong",
                     timeout=_CALL_SECONDS,
                 )
-            results += [[(float(hit["distance"]), int(hit["row"])) for hit in hits] for hits in answer]
+            for hits in answer:
+                results.append([(float(hit["distance"]), int(hit["row"])) for hit in hits])
         return results
 
     def rows(self, collection: str, expression: str) -> Int64[Array, " N"]:

@@ -509,7 +509,6 @@ class SearchIndex:
             if not (replace_known or addition.is_finished):
                 found = rows_to_write(addition, writer.snapshot)
             if found.batch is None:
-                # nothing is new: no version is made, and the answer is about the present one
                 info = writer.describe()
             elif addition.is_finished and not replace_known:
                 info = writer.add(found.batch)

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
@@ -455,8 +456,9 @@ class Model:
 
     def _classifier(self, prompts: Mapping[str, Sequence[str]]) -> Float32[Array, "K D"]:
         """A unit vector for each class, [K, D]: the mean of those of its prompts, of unit length again."""
-        rows = self.embed_texts([prompt for of_class in prompts.values() for prompt in of_class])
-        return class_vectors(rows, [len(of_class) for of_class in prompts.values()])
+        # all prompts at once, so that a class of one prompt costs no batch of its own
+        rows = self.embed_texts(chain.from_iterable(prompts.values()))
+        return class_vectors(rows, list(map(len, prompts.values())))
 
 
 def encoder_of(

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,7 +117,10 @@ class CompareRuns:
 
 
 def _table_rows(table: dict[str, list[Any]]) -> list[list[str]]:
-    return [[name, *(_format_value(name, value) for value in values)] for name, values in table.items()]
+    rows: list[list[str]] = []
+    for name, values in table.items():
+        rows.append([name, *map(partial(_format_value, name), values)])
+    return rows
 
 
 def _format_value(name: str, value: Any) -> str:

@@ -349,7 +349,9 @@ def caption_metrics(
     """
     of_images = check_references(candidates, references)
     words = list(map(tuple, map(tokenize, candidates)))
-    reference_words = [[tuple(tokenize(text)) for text in texts] for texts in of_images]
+    reference_words: list[list[tuple[str, ...]]] = []
+    for texts in of_images:
+        reference_words.append(list(map(tuple, map(tokenize, texts))))
     ngrams = list(map(count_ngrams, words))
     reference_ngrams = [list(map(count_ngrams, texts)) for texts in reference_words]
 
@@ -397,9 +399,10 @@ def add_clip_scores(
     row_of = {text: row for row, text in enumerate(unlike)}
     reference_rows = embed_texts([CLIP_SCORE_PREFIX + text for text in unlike])
     per_image = {"clip_score": clip_scores(images, rows)}
-    per_image["ref_clip_score"] = ref_clip_scores(
-        per_image["clip_score"], rows, [reference_rows[[row_of[text] for text in texts]] for texts in of_images]
-    )
+    rows_of_images: list[Float32[Array, "R D"]] = []
+    for texts in of_images:
+        rows_of_images.append(reference_rows[list(map(row_of.__getitem__, texts))])
+    per_image["ref_clip_score"] = ref_clip_scores(per_image["clip_score"], rows, rows_of_images)
     return replace(
         scores,
         **{name: mean_interval(values, rng=np.random.default_rng(seed)) for name, values in per_image.items()},
@@ -443,8 +446,12 @@ def _bleu_intervals(counts: BleuCounts, seed: int) -> tuple[Interval, ...]:
 def bleu_statistics(candidates: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, SampleStatistic]:
     """BLEU as a function of how often each image counts, by name; raises as `caption_metrics`."""
     of_images = check_references(candidates, references)
-    ngrams = [count_ngrams(tuple(caption_words(text))) for text in candidates]
-    reference_ngrams = [[count_ngrams(tuple(caption_words(text))) for text in texts] for texts in of_images]
+
+    def ngrams_of(texts: Sequence[str]) -> list[NgramCounts]:
+        return [count_ngrams(tuple(caption_words(text))) for text in texts]
+
+    ngrams = ngrams_of(candidates)
+    reference_ngrams = list(map(ngrams_of, of_images))
     counts = bleu_counts(ngrams, reference_ngrams)
     statistics: dict[str, SampleStatistic] = {}
     for order in range(MAX_NGRAM):

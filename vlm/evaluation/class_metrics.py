@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -201,8 +202,8 @@ def _rank_block(scores: np.ndarray, truths: LabelSets, logit_scale: float) -> di
 def _flat(truths: LabelSets) -> tuple[np.ndarray, np.ndarray]:
     """Image and class of each label, an image's classes in rising order and each once."""
     sets = [sorted(set(classes)) for classes in truths]
-    rows = np.repeat(np.arange(len(sets)), [len(classes) for classes in sets])
-    return rows, np.fromiter((number for classes in sets for number in classes), np.int64)
+    rows = np.repeat(np.arange(len(sets)), list(map(len, sets)))
+    return rows, np.fromiter(chain.from_iterable(sets), np.int64)
 
 
 def _distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -417,7 +417,7 @@ def class_numbers(
     unknown = sorted(distinct - set(number_of))
     if unknown:
         raise UsageError(f"{len(unknown)} classes of the images are not among the names: {unknown[:5]}")
-    return [[number_of[label] for label in of_image] for of_image in labels]
+    return [list(map(number_of.__getitem__, of_image)) for of_image in labels]
 
 
 def class_vectors(prompts: Float32[Array, "N D"], num_prompts: Sequence[int]) -> Float32[Array, "K D"]:

@@ -189,7 +189,7 @@ def short_names(names: Sequence[str]) -> list[str]:
     >>> short_names(["/runs/fashion/model", "/runs/emoji/model"]), short_names(["/runs/fashion/model"])
     (['fashion', 'emoji'], ['fashion'])
     """
-    parts = [[part for part in name.split("/") if part] or [name] for name in names]
+    parts = [list(filter(None, name.split("/"))) or [name] for name in names]
     if len(parts) == 1:
         (only,) = parts
         return [only[-2] if only[-1] == "model" and len(only) > 1 else only[-1]]
@@ -310,16 +310,24 @@ def _languages(models: Sequence[tuple[str, Measurement | None]]) -> _Languages |
     cells: dict[str, dict[int, str]] = {}
     for model, measurement in models:
         plain, by_language = split_by_language(measurement.values) if measurement else ([], {})
-        main = next((name for name in plain if any(name in names for names in by_language.values())), "")
+        in_languages = set[str]().union(*by_language.values())
+        main = next(filter(in_languages.__contains__, plain), "")
+        if not main:
+            continue
+        # recall in one direction also stands for the other one
         ending = main[main.find("recall@") :] if "recall@" in main else main
-        for name in (name for name in plain if main and name.endswith(ending)):
+        for name in plain:
+            if not name.endswith(ending):
+                continue
             shown = display_name(name)
             columns.append(shown if len(models) == 1 else f"{shown}, {model}")
             for language, names in by_language.items():
                 if measurement and name in names:
                     value = measurement.values[names[name]]
                     cells.setdefault(language, {})[len(columns) - 1] = format_value(name, value)
-    rows = [(language, [of.get(number, "–") for number in range(len(columns))]) for language, of in cells.items()]
+    rows: list[tuple[str, list[str]]] = []
+    for language, of_columns in cells.items():
+        rows.append((language, [of_columns.get(number, "–") for number in range(len(columns))]))
     tables = [measurement.samples for _, measurement in models if measurement and measurement.samples is not None]
     noun = "category" if any("category" in table.column_names for table in tables) else "language"
     return _Languages(noun=noun, columns=columns, rows=rows) if rows else None

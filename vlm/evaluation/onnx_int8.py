@@ -7,6 +7,7 @@ of 32 numbers of a row (`MatMulNBits`); convolutions and everything else stay in
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def measure_loss(float32: OnnxEncoder, int8: OnnxEncoder, shards: Sequence[str],
             exact_images.append(float32.embed_images(pixels))
             coarse_images.append(int8.embed_images(pixels))
             captions += [next(iter(sample.captions.values()), ())[:1] for sample in batch.decoded]
-    texts = [text for of_image in captions for text in of_image]
+    texts = list(chain.from_iterable(captions))
     if not texts:
         raise UsageError(f"No image of {name} has a caption to measure recall with.")
     images = np.concatenate(exact_images)

@@ -281,7 +281,7 @@ def _level_chart(models: Models) -> list[LineChart]:
 def _spaced_chart(
     models: Models, by_model: Mapping[int, Mapping[float, Value]], title: str, note: str
 ) -> list[LineChart]:
-    amounts = sorted({amount for values in by_model.values() for amount in values})
+    amounts = sorted(set[float]().union(*by_model.values()))
     if len(amounts) < 2:
         return []
     # evenly spaced, whatever the amounts: they double, or grow tenfold

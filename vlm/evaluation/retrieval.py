@@ -4,6 +4,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -146,18 +148,19 @@ class Retrieval:
         if languages == (ALL_LANGUAGES,):
             # captions of no named language count as the first one named
             # a dictionary, not a set: languages keep the order in which the data names them
-            held = dict.fromkeys(language for captions in data.captions for language in captions)
+            held = dict.fromkeys(chain.from_iterable(data.captions))
             languages = tuple(filter(None, held))
         by_image = [_select_captions(captions, languages, self.captions_each) for captions in data.captions]
         warnings = _check_languages(data, languages, by_image)
-        captions = FlatCaptions.from_images([[text for _, text in of_image] for of_image in by_image])
+        captions = FlatCaptions.from_images([list(map(itemgetter(1), of_image)) for of_image in by_image])
+        language_of = list(map(itemgetter(0), chain.from_iterable(by_image)))
         scope = _Scope(
             evaluator=self,
             language="",
             data=data,
             images=images,
             captions=captions,
-            languages=np.array([language for of_image in by_image for language, _ in of_image], dtype=object),
+            languages=np.array(language_of, dtype=object),
             texts=model.text_features(captions.texts),
             num_bad=num_all - len(data),
         )
@@ -179,7 +182,7 @@ def _check_languages(
     data: EvaluationSet, languages: tuple[str, ...], by_image: list[list[tuple[str, str]]]
 ) -> tuple[str, ...]:
     """What of the requested languages is missing, in words; raises UsageError where there is no caption at all."""
-    held = {language for captions in data.captions for language in captions}
+    held = set(chain.from_iterable(data.captions))
     available = ", ".join(sorted(filter(None, held)))
     wanted = ", ".join(languages) or "any language"
     if not any(by_image):

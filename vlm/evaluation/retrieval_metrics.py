@@ -204,7 +204,7 @@ def rank_candidates(
         VlmError: an embedding is not finite: the model has diverged, and ranks would mean nothing.
     """
     rows = np.repeat(np.arange(len(queries)), list(map(len, positives)))
-    columns = np.fromiter((number for of_query in positives for number in of_query), np.int64)
+    columns = np.fromiter(chain.from_iterable(positives), np.int64)
     pairs = PositivePairs(rows=rows, columns=columns)
     counts, _ = count_ranks(queries, candidates, pairs, both=False, block=(queries_at_once, CANDIDATES_AT_ONCE))
     return Ranks.from_counts(counts)

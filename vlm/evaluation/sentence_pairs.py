@@ -11,6 +11,8 @@ Two layouts, as their authors publish them:
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -103,10 +105,10 @@ class SentencePairs:
         used, images = model.image_features(data.select(sorted(set(row_of.values()))))
         # images that cannot be read have gone, and with them the rows have moved
         row_of = _rows_of_images(pairs, used)
-        present = [pair for pair in pairs if all(image in row_of for image in pair.images)]
+        present = [pair for pair in pairs if row_of.keys() >= set(pair.images)]
         if not present:
             raise UsageError(f"{data.name} has only one image of each pair of {self.pairs}.")
-        texts = model.text_features([sentence for pair in present for sentence in pair.sentences])
+        texts = model.text_features(list(chain.from_iterable(map(attrgetter("sentences"), present))))
         return self._measurement(
             used,
             present,
@@ -305,7 +307,7 @@ def _rows_of_images(pairs: Sequence[SentencePair], data: EvaluationSet) -> dict[
         rows_by_part.setdefault(PurePosixPath(key).name, row)
         rows_by_part.setdefault(PurePosixPath(key).stem, row)
     rows: dict[str, int] = {}
-    for image in {image for pair in pairs for image in pair.images}:
+    for image in set(chain.from_iterable(map(attrgetter("images"), pairs))):
         path = PurePosixPath(image)
         candidates = (data.rows_by_key.get(image), *map(rows_by_part.get, (path.name, path.stem)))
         row = next((candidate for candidate in candidates if candidate is not None), None)

@@ -348,6 +348,10 @@ class SuiteEntry:
             names += value.named_sets() if isinstance(value, SuiteEntry) else []
         return [name for name in names if isinstance(name, str)]
 
+    def needed_sets(self) -> list[str]:
+        """The sets among its settings, and those that it is run on."""
+        return [*self.named_sets(), *self.data]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
@@ -556,7 +560,8 @@ def evaluate_models(models: Iterable[EvaluatedModel], sets: OpenSets, *, seed: i
         VlmError: nothing at all could be measured.
     """
     # nothing could be measured at all: said before a model is loaded
-    if all(any(name in sets.absent for name in (*entry.named_sets(), *entry.data)) for entry in sets.suite.entries):
+    runnable = [entry for entry in sets.suite.entries if sets.absent.keys().isdisjoint(entry.needed_sets())]
+    if not runnable:
         first = next(iter(sets.absent.values()))
         raise UsageError(
             f"No set of the suite {sets.suite.name} is below {sets.root} ({first.name}: {first.reason}). Name "

@@ -241,7 +241,7 @@ def _precision_statistic(images: Float32[Array, "N D"], result: _Classified, tru
     # a class without images has no precision, so it is left out of the mean
     present = np.flatnonzero(label_matrix(truths, len(result.texts.names)).any(axis=0))
     number_of = {number: position for position, number in enumerate(present.tolist())}
-    of_present = [[number_of[number] for number in classes] for classes in truths]
+    of_present = [list(map(number_of.__getitem__, classes)) for classes in truths]
 
     def statistic(counts: Int64[Array, "B N"]) -> Float[Array, " B"]:
         precisions = average_precisions(images, result.classifier[present], of_present, counts)

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
+from itertools import product
 from typing import Any, Literal, get_args
 
 import torch
@@ -390,7 +391,7 @@ def _occlusion_maps(network: Network, pixels: Tensor, texts: Tensor) -> Float[Te
     sides = (max(1, height // _OCCLUDED), max(1, width // _OCCLUDED))
     rows = torch.linspace(0, height - sides[0], min(_OCCLUSION_STEPS, height)).round().long().tolist()
     columns = torch.linspace(0, width - sides[1], min(_OCCLUSION_STEPS, width)).round().long().tolist()
-    corners = [(row, column) for row in rows for column in columns]
+    corners = list(product(rows, columns))
     with torch.no_grad():
         # the image's own mean colour says least
         filling = pixels.mean(dim=(2, 3), keepdim=True)

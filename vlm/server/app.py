@@ -11,6 +11,7 @@ import hashlib
 import importlib.resources
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Annotated, Any, TypeVar
 
 import orjson
@@ -309,7 +310,7 @@ def add_search_routes(api: FastAPI, service: Service) -> None:
     @api.post(f"{API}/indexes/{{name}}/batch", responses=PROBLEMS, response_model=schemas.BatchAnswer)
     async def batch(name: str, request: schemas.BatchRequest) -> Response:
         """Several queries; each has its answer or its error."""
-        uploads = [url for query in request.queries for url in query.images]
+        uploads = list(chain.from_iterable(query.images for query in request.queries))
         if uploads:
             # within the limits of one request, however its images are spread over the queries
             await in_thread(check_uploads, uploads, service.limits.max_pixels)
