@@ -74,6 +74,7 @@ class ProcessRank:
 
     def shard_indices(self, count: int) -> range:
         """The shards of `count` that this process embeds: the same ones, whatever is finished already."""
+        # dealt in turn, since neighbouring shards are often of like size and kind
         return range(self.rank, count, self.world_size)
 
     @classmethod
@@ -87,6 +88,7 @@ class ProcessRank:
             if rank not in environment or world_size not in environment:
                 continue
             values = {rank: environment[rank], world_size: environment[world_size]}
+            # a launcher that says nothing of machines has one, where both numbers are the same
             values[local_rank] = environment.get(local_rank, environment[rank])
             are_numbers = all(map(str.isdecimal, values.values()))
             if not are_numbers or int(values[rank]) >= int(values[world_size]):
@@ -238,6 +240,7 @@ def _open_output(model: Encoder, plan: EmbedPlan, modality: Modality) -> _Output
     path, options = plan.folders[modality], plan.options
     identity: dict[str, Any] = {"modality": modality, **plan.inputs, "addresses": plan.shards}
     identity |= asdict(options.storage)
+    # rows in float32 and bfloat16 differ by more than rounding, so they never share a folder
     identity["precision"] = options.precision
     space = EmbeddingSpace(
         model=absolute_spec(options.model_spec),
@@ -272,6 +275,7 @@ def _reopen(path: Path, identity: dict[str, Any]) -> None:
             return
         manifest = check_compatible(path, identity)
         if first_mismatch(path, manifest.files, verify=True):
+            # repaired parts must equal those that were damaged, bit for bit
             save_batch_size(path, manifest.details["batch_size"])
             mark_unfinished(path, kind="embeddings", configuration=identity)
 
@@ -573,6 +577,7 @@ def _summary(output: _Output, num_parts: int, seconds: float, *, ended_here: boo
                 counts["rows"] += part.rows
                 counts["bad"] += part.bad
                 counts["parts"] += 1
+        # only the manifest has them counted; parts of an unfinished folder are still being written
         reasons = {}
     return EmbedSummary(
         folder=str(output.path),

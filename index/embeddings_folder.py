@@ -191,6 +191,7 @@ def write_part(
     """Write the files of a part, each atomically."""
     from pyarrow import parquet
 
+    # codes come from the vectors as they were computed, not from their rounded copies
     stored = {"npy": vectors.astype(storage.store)}
     for code in storage.codes:
         stored |= zip(QUANTIZED_FILES[code], quantize(vectors, code), strict=True)
@@ -365,6 +366,7 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
     """No other process is in such a block of this folder meanwhile; a killed process frees it."""
     from filelock import FileLock
 
+    # the system's lock, not the file's existence: it ends with the process, however that ends
     with FileLock(folder / _LOCK):
         yield
 
@@ -659,6 +661,7 @@ def first_mismatch(folder: Path, files: dict[str, FileRecord], *, verify: bool) 
             return f"{path} is missing"
         if (size := path.stat().st_size) != record.bytes:
             return f"{path} is damaged: {size:,} bytes, {record.bytes:,} were written"
+        # last: a checksum reads the whole file
         if verify and sha256_file(path) != record.sha256:
             return f"{path} is damaged: its checksum is not the one it was written with"
     return ""

@@ -75,6 +75,7 @@ class InsertBatch:
         Raises:
             VlmError: two rows have the same.
         """
+        # within the batch: the catalogue knows only what is in the index already
         seen: set[str] = set()
         for origin in self.origins():
             if origin.uid in seen:
@@ -88,6 +89,7 @@ class InsertBatch:
         return replace(
             self,
             count=int(is_selected.sum()),
+            # blocks and origins are read again each time, as a batch may not fit into memory
             blocks=lambda: _filter_blocks(self.blocks(), is_selected),
             origins=lambda: compress(self.origins(), is_selected),
         )
@@ -265,6 +267,7 @@ class EngineWriter(ABC, Generic[SnapshotT]):
         if allowed_rows is not None:
             allowed = set(row_numbers(allowed_rows).tolist())
             existing = {uid: row for uid, row in existing.items() if row in allowed}
+            # an update limited by a filter replaces rows and inserts none
             batch = batch.select(existing)
         if existing and not is_upsert:
             raise UsageError(
@@ -316,6 +319,7 @@ class EngineWriter(ABC, Generic[SnapshotT]):
     def delete_rows(self, rows: RowSelection) -> CommitInfo:
         """Delete the live ones of these rows (as from `EngineCatalogue.where`); without any, nothing changes."""
         started = time.perf_counter()
+        # rows that another change deleted meanwhile are not counted again
         deleted_rows = np.intersect1d(row_numbers(rows), self.snapshot.rows, assume_unique=True)
         if len(deleted_rows):
             with self._rolling_back_on_error():
@@ -374,6 +378,7 @@ class EngineWriter(ABC, Generic[SnapshotT]):
     @contextlib.contextmanager
     def _rolling_back_on_error(self) -> Iterator[None]:
         """If the block fails, its change is rolled back: at once or, if that fails too, before the next change."""
+        # what the last change left behind, say on a full disk, must be gone before the next one begins
         if self._needs_rollback:
             self._roll_back()
             self._needs_rollback = False

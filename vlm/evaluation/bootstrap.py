@@ -101,6 +101,7 @@ def mean_interval(
     if len(units.sums) < 2:
         return Interval(value=mean, low=None, high=None)
     if (share or values.dtype == np.bool_) and mean in (0.0, 1.0):
+        # the proportion with which so many right answers in a row are as rare as one tail
         bound = ((1 - confidence) / 2) ** (1 / len(units.sums))
         return Interval(value=mean, low=bound if mean else 0.0, high=1.0 if mean else 1 - bound)
     low, high = _ends(_mean_draws(units, rng, resamples), confidence)
@@ -131,6 +132,7 @@ def statistic_interval(
     _check_options(confidence, resamples)
     numbers = _cluster_numbers(num_samples, clusters)
     value = float(statistic(np.ones((1, num_samples), np.int64))[0])
+    # of a single image every resample is the same
     if numbers.max() == 0:
         return Interval(value=value, low=None, high=None)
     low, high = _ends(_statistic_draws(statistic, numbers, rng, resamples), confidence)
@@ -205,6 +207,7 @@ def paired_statistic_difference(
     defined = draws[~np.isnan(draws)]
     if is_biased and len(defined):
         defined = defined - defined.mean() + value
+    # draws of exactly 0 count in both tails, which only makes p larger
     smaller_tail = min((defined <= 0).sum(), (defined >= 0).sum())
     p = min(1.0, 2 * float(smaller_tail + 1) / (len(defined) + 1))
     low, high = _ends(defined, confidence)
@@ -219,6 +222,7 @@ def weighted_median(values: Num[Array, " N"], counts: Int64[Array, "B N"]) -> Fl
     """
     order = np.argsort(values, kind="stable")
     ordered = np.asarray(values, np.float64)[order]
+    # counts in place of repeated values: a thousand resamples share one sort
     reached = np.cumsum(counts[:, order], axis=1)
     total = reached[:, -1:]
     # the first value of which so many are not larger
@@ -239,6 +243,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     largest = 0.0
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     for position, number in enumerate(order):
+        # never below one before: the order of the adjusted values is that of the p values
         largest = max(largest, min(1.0, (len(p_values) - position) * p_values[number]))
         adjusted[number] = largest
     return adjusted
@@ -360,18 +365,22 @@ def _exchange_p(
     if threshold <= 0:
         return 1.0, "exact"
     kinds, multiplicity = np.unique(sizes, return_counts=True)
+    # all differences of one size: only their signs count, and a binomial gives p at once
     if len(kinds) == 1:
         return _sign_test_p(len(sizes), round(abs(float(differences.sum())) / float(kinds[0]))), "exact"
+    # few enough to go through every assignment of signs, one a row of bits
     if len(sizes) <= _EXACT_SAMPLES:
         bits = np.arange(2 ** len(sizes))[:, None] >> np.arange(len(sizes)) & 1
         return float(np.mean(np.abs((2 * bits - 1) @ sizes) >= threshold)), "exact"
     as_large = 0
     if _is_multinomial_faster(len(kinds), len(sizes)):
         for size in _block_sizes(len(kinds), resamples):
+            # exchanges of equal differences are alike: only how many are positive matters
             positive = rng.binomial(multiplicity, 0.5, size=(size, len(kinds)))
             as_large += int(np.count_nonzero(np.abs((2.0 * positive - multiplicity) @ kinds) >= threshold))
     else:
         for size in _block_sizes(len(sizes), resamples):
+            # a bit a sign, drawn as bytes, which is many times faster than a number a sign
             bits = np.frombuffer(rng.bytes(size * -(-len(sizes) // 8)), np.uint8).reshape(size, -1)
             signs = np.unpackbits(bits, axis=1, count=len(sizes)).astype(np.float64) * 2 - 1
             as_large += int(np.count_nonzero(np.abs(signs @ sizes) >= threshold))

@@ -78,6 +78,7 @@ def write_captions(
     return WrittenCaptions(
         tokens=rows.tokens,
         lengths=rows.lengths,
+        # the prompt was given, not written: it counts neither in the sum nor in the length
         log_likelihoods=rows.log_probabilities / (rows.lengths - len(plan.prompt)).clamp(min=1),
         image_embeddings=embeddings,
         attention=rows.attention,
@@ -103,6 +104,7 @@ def _plan(tokenizer: Tokenizer, options: DecodingOptions) -> _Plan:
     if options.min_length > max_length:
         raise UsageError(f"min_length = {options.min_length} is above the longest caption of {max_length} tokens.")
     prompt: list[int] = tokenizer.encode([options.prompt])[0].tolist() if options.prompt else []
+    # the tokenizer ends and pads every text, and a caption goes on from the prompt
     while prompt and prompt[-1] in (tokenizer.pad_token, tokenizer.end_token):
         prompt.pop()
     # some tokenizers write no start token, and padding or an end token may take its place
@@ -136,6 +138,7 @@ def constrain_scores(
         # of log-probabilities, which have one sign; CTRL divides logits, whose sign is arbitrary
         scores.scatter_(1, rows, scores.gather(1, rows) * options.repetition_penalty)
     size = options.no_repeat_ngram
+    # a token is refused if with the last n - 1 it would repeat an n-gram of the row
     if size and rows.shape[1] >= size:
         windows = rows.unfold(1, size, 1)
         last_tokens = rows[:, rows.shape[1] - size + 1 :]
@@ -161,6 +164,7 @@ class _StepByStep:
         num_images, count = len(logits), options.captions
         device = logits.device
         self._images = torch.arange(num_images, device=device)
+        # the image is encoded once; its keys and values are copied for each caption of it
         if count > 1:
             state.select(self._images, torch.zeros((num_images, count), dtype=torch.int64, device=device))
         self._logits = logits.expand(-1, count, -1)
@@ -195,6 +199,7 @@ class _StepByStep:
         shape = (len(images), self._options.captions)
         written = log_probabilities.gather(1, tokens[:, None]).view(shape)
         had_ended = self._has_ended[images]
+        # rows that have ended are computed along with the others, and what they write is thrown away
         tokens = tokens.view(shape).masked_fill(had_ended, self._plan.pad_token)
         self._tokens[images, :, place] = tokens
         self._sums[images] += written.masked_fill(had_ended, 0)
@@ -227,6 +232,7 @@ class _Finished(NamedTuple):
         size = self.scores.shape[2]
         scores = torch.cat([self.scores[images, group], added.scores[:, 0]], dim=1)
         best = scores.topk(size, dim=1)
+        # scores decide, and all fields of a caption move with its score
         for field, new in zip(self, added, strict=True):
             if field is None or new is None:
                 continue
@@ -295,6 +301,7 @@ class _BeamSearch:
             beams.append(from_beams + group * size)
             tokens.append(new_tokens)
             is_open = ~self._is_done[self._images, group][:, None]
+            # later groups are penalised for what earlier ones write at the same place (Vijayakumar et al. 2018)
             uses.scatter_add_(1, new_tokens, is_open.to(uses.dtype).expand_as(new_tokens).contiguous())
         return torch.cat(beams, dim=1), torch.cat(tokens, dim=1)
 
@@ -306,6 +313,7 @@ class _BeamSearch:
         rows = self._tokens[images, group, :, :place].flatten(0, 1)
         scores, numbers = self._candidates(group, log_probabilities, rows, uses)
         totals = (self._scores[images, group][:, :, None] + scores).flatten(1)
+        # twice as many, so that enough go on even if as many as there are beams end here
         best = totals.topk(min(2 * size, totals.shape[1]), dim=1)
         beams = torch.div(best.indices, scores.shape[2], rounding_mode="floor")
         tokens = numbers.flatten(1).gather(1, best.indices)
@@ -314,6 +322,7 @@ class _BeamSearch:
 
         is_end = tokens == plan.end_token
         length = place + 1
+        # longer captions have lower sums, so ended ones are compared by a mean over a power of their length
         worth = best.values / (length - len(plan.prompt)) ** self._options.length_penalty
         may_finish = is_end[:, :size] & ~self._is_done[images, group][:, None]
         ended_scores = worth[:, :size].masked_fill(~may_finish, -torch.inf)
@@ -429,6 +438,7 @@ def largest(values: Float[Tensor, "B S V"], count: int) -> tuple[Float[Tensor, "
     many, since the blocks with the largest maxima hold them.
     """
     num_blocks = values.shape[2] // _BLOCK
+    # too few blocks to leave any out
     if num_blocks <= 2 * count:
         best = values.topk(count, dim=2)
         return best.values, best.indices
@@ -447,6 +457,7 @@ def draw_tokens(
     scores: Float[Tensor, "R V"], uniform: Float64[Tensor, " R"], options: DecodingOptions
 ) -> Int64[Tensor, " R"]:
     """A token for each row, drawn by one number of [0, 1): the place where the cumulative probability passes it."""
+    # in double precision, where sums over a vocabulary stay exact enough to compare a drawn number with
     scores = scores.double() / options.temperature
     if not options.top_k and options.top_p == 1:
         return _pass_quantile(scores.softmax(dim=1), uniform)
@@ -454,9 +465,11 @@ def draw_tokens(
         scores, tokens = scores.topk(min(options.top_k, scores.shape[1]), dim=1)
         probabilities = scores.softmax(dim=1)
     else:
+        # over all tokens: the nucleus is a share of the whole distribution, not of the candidates
         total = scores.logsumexp(dim=1, keepdim=True)
         best, tokens = scores.topk(min(_NUCLEUS_CANDIDATES, scores.shape[1]), dim=1)
         probabilities = (best - total).exp()
+        # a flat distribution needs more than the candidates: then all tokens are sorted
         if bool((probabilities.sum(dim=1) < options.top_p).any()):
             best, tokens = scores.sort(dim=1, descending=True)
             probabilities = (best - total).exp()
@@ -468,6 +481,7 @@ def draw_tokens(
 
 def _pass_quantile(probabilities: Float64[Tensor, "R C"], uniform: Float64[Tensor, " R"]) -> Int64[Tensor, " R"]:
     ends = probabilities.cumsum(dim=1)
+    # scaled to the last end, which rounding leaves a little off 1
     places = torch.searchsorted(ends, uniform[:, None] * ends[:, -1:], right=True)
     return places.clamp(max=probabilities.shape[1] - 1)[:, 0]
 
@@ -512,6 +526,7 @@ def _different_first(scores: list[list[float]], rows: list[list[list[int]]]) -> 
     different: list[int] = []
     repeated: list[int] = []
     texts: set[tuple[int, ...]] = set()
+    # the best of every group before the second of any: groups are there for variety
     for _, _, place in sorted(ranked):
         text = tuple(rows[place // size][place % size])
         (repeated if text in texts else different).append(place)
