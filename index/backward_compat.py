@@ -107,6 +107,7 @@ def read_pairs(
         VlmError: a folder is damaged.
     """
     folders = (old_images, new_images, old_texts, new_texts)
+    # checksums now: a head fitted to damaged rows would only show in searches
     sources = [Embeddings.open(folder, verify=True) for folder in folders]
     _check_spaces(sources)
     images = _UidJoin(sources[0], sources[1])
@@ -117,6 +118,7 @@ def read_pairs(
         drawn = np.sort(np.random.default_rng(seed).permutation(len(names))[:max_images])
         names = [names[number] for number in drawn]
     number_of = {name: number for number, name in enumerate(names)}
+    # texts have rows of their own; only those of the drawn images are of use
     captions_of_images = []
     for name, image_name in texts.images_of_captions():
         if image_name in number_of:
@@ -336,6 +338,7 @@ def fit_head(pairs: EmbeddingPairs, *, seed: int = 0) -> FittedHead:
     choices = []
     for penalty in PENALTIES:
         head = make_head(pairs, basis_change(predict_old(training, penalty)))
+        # both stages of a migration count: all rows old, and half of them embedded again
         recall = _mean_recall(query_old_rows(validation, head), query_mixed_rows(validation, head, seed=seed))
         choices.append(RidgeChoice(penalty=penalty, recall=recall))
     best = max(choices, key=lambda choice: choice.recall)

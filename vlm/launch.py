@@ -79,6 +79,7 @@ def _collect(processes: Sequence[BaseProcess], pending: dict[Connection, int]) -
             assert isinstance(receiver, Connection)
             rank = pending.pop(receiver)
             reports[rank] = _receive(receiver, processes[rank])
+        # all that have reported by now: the first to end is often not the one that caused it
         failed = {rank: report for rank, report in reports.items() if report.exit_code}
         if failed:
             raise _failure(failed, len(processes))
@@ -113,6 +114,7 @@ def _end(processes: Sequence[BaseProcess]) -> None:
             process.terminate()
     for process in processes:
         process.join(_END_SECONDS)
+        # one that hangs in a collective call does not hear SIGTERM
         if process.is_alive():
             process.kill()
             process.join()
@@ -121,6 +123,7 @@ def _end(processes: Sequence[BaseProcess]) -> None:
 def _group_environment(number: int) -> dict[str, str]:
     """What all processes of a group are told."""
     with socket.socket() as probe:
+        # port 0: the system names one that is free now
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     group = {
@@ -177,6 +180,7 @@ def _forwarding(processes: Sequence[BaseProcess]) -> Iterator[None]:
 
 
 def _run_one(work: Callable[[Argument], Value], argument: Argument, sender: Connection, level: int) -> None:
+    # a parent killed by SIGKILL forwards nothing, and the processes would go on without it
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     with log_to_stderr(level):
         report = report_of(work, argument)
@@ -195,6 +199,7 @@ def report_of(work: Callable[[Argument], Value], argument: Argument) -> Report[V
         return Report(message=explain_os_error(error), exit_code=1)
     except KeyboardInterrupt:
         return Report(message="Interrupted; finished work is kept. Rerun the same command to resume.", exit_code=1)
+    # as text, since an exception of another library may not travel by pickle
     except Exception:
         return Report(failure=f"failed:\n{traceback.format_exc()}", exit_code=1)
 

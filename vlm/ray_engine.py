@@ -99,6 +99,7 @@ def run_on_ray(
     ray = _import_ray()
     if not tasks:
         return
+    # more processes than tasks would load the model for nothing
     processes = min(cluster.processes, len(tasks))
     with _connected(ray, cluster, processes):
         nodes = list(_alive_nodes(ray))
@@ -146,6 +147,7 @@ def cpus_per_process(nodes: Sequence[NodeResources], processes: int, *, uses_gpu
         UsageError: there is no room for so many.
     """
     most = max((int(node.cpus) for node in nodes), default=0)
+    # from the most down: the first that leaves room for all is the best
     for num_cpus in range(most, 0, -1):
         if _num_places(nodes, num_cpus, uses_gpus=uses_gpus) >= processes:
             return num_cpus
@@ -191,6 +193,7 @@ def _import_ray() -> ModuleType:
 @contextlib.contextmanager
 def _connected(ray: ModuleType, cluster: RayCluster, processes: int) -> Iterator[None]:
     if ray.is_initialized():
+        # somebody else's connection: used, and left open
         with _quiet(ray):
             yield
         return
@@ -200,6 +203,7 @@ def _connected(ray: ModuleType, cluster: RayCluster, processes: int) -> Iterator
         _check_listening(address)
         options["address"] = address
     else:
+        # Ray refuses to start more processes than it counts CPUs, though they could share them
         num_cpus = max(len(os.sched_getaffinity(0)), processes)
         options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
         options["object_store_memory"] = _OBJECT_STORE_BYTES
@@ -293,6 +297,7 @@ class _Process:
 
         counted: Any = ray.get(self._attempts.count.remote(row["number"]))
         attempt = int(counted)
+        # a task that kills its process is not begun for ever
         if attempt > MAX_ATTEMPTS:
             report: Report[Any] = Report(
                 message=f"{MAX_ATTEMPTS} processes died at it, most likely out of memory: give a smaller --batch-size, "

@@ -60,6 +60,7 @@ def lower_bound(recalls: Float[Array, " Q"], *, seed: int = 0) -> float:
     It draws 1,000 resamples of the queries, and cannot know of misses that did not occur among them, so give it
     hundreds.
     """
+    # whole queries are drawn again, since hits of one query are not independent
     sample = np.random.default_rng(seed).integers(0, len(recalls), (_RESAMPLES, len(recalls)))
     return float(np.quantile(recalls[sample].mean(axis=1), 1 - _CONFIDENCE))
 
@@ -117,6 +118,7 @@ class QuerySet:
         cls, direction: str, vectors: Float32[Array, "Q D"], rows: SampledRows, top: int
     ) -> "QuerySet":
         """The ground truth by comparing with every row."""
+        # in blocks, so that the cosines of all queries and rows never exist at once
         blocks = (rows.vectors[first : first + 65_536] for first in range(0, len(rows), 65_536))
         return cls(direction=direction, vectors=vectors, scores=exact_scores(blocks, vectors, top))
 
@@ -173,6 +175,7 @@ def sample_queries(
     held_out = sample[:num_held_out]
     rows = SampledRows(sample[num_held_out:])
     own_direction = f"{source.space.modality}→{source.space.modality}"
+    # without other queries the held-out rows serve for both, in halves that share none
     if not others:
         return TuningSample(rows=rows, tuning_queries=held_out[::2], eval_queries={own_direction: held_out[1::2]})
 

@@ -54,6 +54,7 @@ def min_effort(reaches_target: Callable[[int], bool], max_effort: int) -> int | 
             return None
         too_low = effort
         effort = min(2 * effort, max_effort)
+    # now `effort` reaches the target and `too_low` does not: the least that does lies between
     while effort - too_low > 1:
         middle = (effort + too_low) // 2
         if reaches_target(middle):

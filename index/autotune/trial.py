@@ -236,6 +236,7 @@ class TrialIndex:
         # search parameters are not set yet: every search brings its own
         prepared = self.kind(rows, candidate.tuning_params(len(rows), seed=seed))
         self.index: Any = prepared.index
+        # on the CPU even where there is a GPU: latencies are to be those of searches, which run there
         self.index.add(rows.vectors)
         self.build_seconds = time.perf_counter() - started
         self.parameters = prepared.parameters
@@ -265,6 +266,7 @@ class TrialIndex:
         def meets_target(search_params: SearchParams) -> bool:
             return lower_bound(self._per_query_recall(search_params, queries, at), seed=self.seed) >= target.recall
 
+        # first by few queries, whose mean is near enough to tell where to look
         options = list(candidate_params(reaches_target, max_effort=self.max_effort, is_reranked=self.is_reranked))
         if self.max_effort or self.is_reranked:
             adjusted = []
@@ -459,9 +461,11 @@ def latency_growth(full: tuple[float, float], subsample: tuple[float, float] | N
     """
     distances, latency = full
     proportional = latency / distances
+    # without a second size the offset is unknown, and proportion is the cautious guess
     slope = proportional
     if subsample is not None:
         fewer_distances, lower_latency = subsample
+        # a type may compute as many distances at both sizes; the line through them has no slope then
         if distances > fewer_distances:
             slope = (latency - lower_latency) / (distances - fewer_distances)
     return 1 + min(max(slope, 0.0), proportional) * (num_distances - distances) / latency

@@ -113,6 +113,7 @@ def import_embeddings(
     written = exported_space(source)
     if modality is None:
         modality = written.modality if written else "image"
+    # all files are opened and joined before one row is written
     parts = open_parts(find_file_pairs(source, modality=modality, metadata=metadata), column_choice or ColumnChoice())
     # a part stands for a shard, and a row's key is its uid column or its number
     names = [str(part.pair.path.with_suffix("")) for part in parts]
@@ -206,6 +207,7 @@ class _Importer:
         is_usable = np.isfinite(lengths) & (lengths >= _SHORTEST)
         # rows that are of unit length up to rounding are stored unchanged
         is_off = is_usable & (np.abs(lengths - 1) > _ROUNDING)
+        # a division by 1 changes no bit
         rows = vectors[is_usable] / np.where(is_off, lengths, 1)[is_usable, None]
         origins: list[Origin] = []
         skipped: list[SkippedSampleRecord] = []

@@ -68,6 +68,7 @@ def name_images(images: Images) -> list[NamedImage]:
             named.append(NamedImage(f"images[{place}]", image))
             continue
         path = Path(image).expanduser()
+        # a folder is named by the images in it, so that a result says which one it is of
         paths = image_paths([path])
         if not paths:
             raise UsageError(f"There is no image in the folder {str(path)!r}.")
@@ -94,6 +95,7 @@ def read_batches(
             for first in range(0, len(images), batch_size):
                 some = images[first : first + batch_size]
                 pending.append((first, [pool.submit(_view, image, view) for image in some]))
+                # one batch is decoded while the model has the one before; more would only fill memory
                 if len(pending) == 2:
                     yield _collect(*pending.popleft(), images, view, on_error)
             while pending:
@@ -101,6 +103,7 @@ def read_batches(
         finally:
             for _, futures in pending:
                 for future in futures:
+                    # whoever stops early, or an image that ends the call, does not wait for the others
                     future.cancel()
 
 

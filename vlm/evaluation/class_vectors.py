@@ -131,6 +131,7 @@ def _plain(name: str) -> str:
 
 
 def _with_name(name: str, sentence: str) -> str:
+    # a sentence that names the class is a prompt as it stands
     if _plain(name) in _plain(sentence):
         return sentence
     # features as "long legs": Menon and Vondrick make "heron, which has long legs" of it
@@ -197,6 +198,7 @@ def read_class_list(classes: str) -> list[str]:
         UsageError: the text is neither, or the file is not UTF-8 text.
     """
     if classes and _is_file(classes):
+        # the end is cut, so that a last empty line names no class; empty lines between stay, and count
         return [name.strip() for name in read_text(Path(classes)).rstrip().splitlines()]
     if classes == IMAGENET:
         return imagenet_class_names()
@@ -228,6 +230,7 @@ def _file_beside(url: str, name: str) -> Path | None:
     if not shards or is_remote(shards[0]):
         return None
     folder = Path(shards[0]).absolute().parent
+    # beside the tars, or above the folder of the split, as CLIP_benchmark lays them out
     return next((path for path in (folder / name, folder.parent / name) if path.is_file()), None)
 
 

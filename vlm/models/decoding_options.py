@@ -94,6 +94,7 @@ class DecodingOptions:
     def _check_search(self) -> None:
         if self.sample and self.beams > 1:
             raise UsageError(f"beams = {self.beams} and sample exclude each other; give one of them.")
+        # refused rather than ignored: the captions would not be what was asked for
         if not self.sample and (self.temperature != 1 or self.top_k or self.top_p < 1):
             raise UsageError("temperature, top_k and top_p are of sampling; give sample (--sample), too.")
         if not self.sample and self.captions > self.beams:
@@ -101,6 +102,7 @@ class DecodingOptions:
                 f"captions = {self.captions} need as many beams, and there are {self.beams}: give beams = "
                 f"{self.captions} (--beams {self.captions}), or sample."
             )
+        # groups are advanced as one tensor, so they are of one size
         if self.beams % self.beam_groups:
             raise UsageError(f"beams = {self.beams} are not {self.beam_groups} groups of one size; change one of them.")
 

@@ -170,6 +170,8 @@ def _similarity_maps(network: Network, pixels: Tensor, texts: Tensor) -> Float[T
     with torch.no_grad():
         with _AttentionRecorder() as recorder:
             patches = run_image_tower(network, pixels, with_patches=True).patches
+        # the last self-attention mixes all patches; seen by itself alone, a patch keeps what is at its place
+        # (MaskCLIP's idea)
         square = [number for number, weight in enumerate(recorder.weights) if weight.shape[-1] == weight.shape[-2]]
         if square:
             with _AttentionRecorder(blind_call=square[-1]):
@@ -198,6 +200,7 @@ def _grad_cams(network: Network, pixels: Tensor, texts: Tensor, *, is_local: boo
             raise UsageError("No layer of this image tower has a map of features; explain it by occlusion.")
         activation, gradient = _last_fine(used)
         weights = activation.places(gradient)
+        # Grad-CAM weighs channels by their mean gradient; HiResCAM keeps the gradient of each place
         if not is_local:
             weights = weights.mean(dim=0, keepdim=True)
         cam = (activation.places(activation.output) * weights).sum(dim=1).relu()
@@ -217,6 +220,7 @@ def _eigen_cam(network: Network, pixels: Tensor) -> Float[Tensor, "1 h w"]:
         raise UsageError("No layer of this image tower has a map of features; explain it by occlusion.")
     activation, _ = _last_fine([(activation, activation.output) for activation in activations])
     places = activation.places(activation.output).float()
+    # principal components are those of what differs between places
     places = places - places.mean(dim=0)
     component = torch.linalg.svd(places, full_matrices=False)[2][0]
     projection = places @ component
@@ -300,6 +304,7 @@ def _relevance(
 ) -> Float[Tensor, " L"]:
     """The pooled row of R, to which each layer adds the heads' mean of (∇A ∘ A)⁺ · R (Chefer et al., eq. 5 and 6)."""
     num_tokens = len(pooling)
+    # at first each token stands for itself alone
     relevance = torch.eye(num_tokens, device=pooling.device)
     row = pooling
     for weight, gradient in zip(weights, gradients, strict=True):

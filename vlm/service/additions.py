@@ -137,6 +137,7 @@ class AdditionPlanner:
             UsageError: there is nothing of the kind.
         """
         path = Path(address).expanduser()
+        # before shards are looked for: an embeddings folder holds no images, but somebody may have put tars beside
         if path.is_dir() and _holds_embeddings(path):
             column = self._snapshot.manifest.configuration.get(UID_COLUMN, "")
             return Addition(batch=InsertBatch.from_folder(path, uid_column=column), is_finished=True)
@@ -166,6 +167,7 @@ class AdditionPlanner:
         """
         self._require_images()
         options.check(len(images))
+        # all are opened before any is embedded, so that a mistake in the last one costs nothing
         encoded = list(map(encoded_image, images))
         uids = list(map(self._prefixed, options.uids or map(_default_uid, encoded)))
         for uid, times in Counter(uids).items():
@@ -306,6 +308,7 @@ class AdditionPlanner:
 
     def _from_bytes(self, images: Mapping[int, bytes], described: "_Descriptions") -> Addition:
         """Images without a file, each by its number: written to a shard in the index folder, then embedded from it."""
+        # named by its content, so that the same call after a kill finds its shard and adds no second one
         name = compute_fingerprint(*map(content_digest, images.values()))
         path = self._snapshot.folder / IMAGES / f"{name}.tar"
         is_new = not path.exists()
@@ -365,6 +368,7 @@ class AdditionPlanner:
         missing: dict[str, np.ndarray] = {}
         num_known = 0
         for address, count in counts.items():
+            # how often each sample is embedded: 0 leaves out those that have a row
             times = np.ones(count, np.uint16)
             # of texts a sample has as many rows as captions, which only embedding it tells
             if self._space.modality == "image" and not self._replace_known:
@@ -511,12 +515,14 @@ def _is_known(snapshot: EngineSnapshot, entry: Origin | None, new: Origin) -> bo
     """
     if entry is None:
         return False
+    # one place holds one image, so the size alone tells whether the file was replaced
     if (entry.shard, entry.number) == (new.shard, new.number):
         return entry.image_size == new.image_size
     # the same image from another place, as from the folder that was packed into shards
     try:
         is_same = entry.image_size == new.image_size and read_stored_bytes(entry) == read_stored_bytes(new)
     except VlmError:
+        # what cannot be read cannot be compared, and so does not count as the same
         is_same = False
     if is_same:
         return True
@@ -647,6 +653,7 @@ def parse_descriptions(
         caption_list: list[Any] = []
     elif not isinstance(captions, Iterable):
         raise UsageError(f"captions = {captions!r}: give for each image a text, several, or texts by language.")
+    # several texts for a single image are its captions, not the captions of several images
     elif count == 1 and (isinstance(captions, str | Mapping) or all(isinstance(item, str) for item in captions)):
         caption_list = [captions]
     elif isinstance(captions, str | Mapping):

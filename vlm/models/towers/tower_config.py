@@ -39,6 +39,7 @@ def _split_at_commas(words: str) -> list[str]:
     >>> _split_at_commas("lm:o'neil,prompts=['Red, (or'],facets=mean")
     ["lm:o'neil", "prompts=['Red, (or']", 'facets=mean']
     """
+    # not str.split: prompts may hold commas, and overrides are written as dictionaries
     parts = [""]
     quote = ""
     depth = 0
@@ -54,6 +55,7 @@ def _split_at_commas(words: str) -> list[str]:
             depth += 1
         elif character in "])}":
             depth -= 1
+        # below 0 too: a folder's name may close a bracket that nothing opened
         if character == "," and not quote and depth <= 0:
             parts.append("")
         else:

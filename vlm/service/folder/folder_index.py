@@ -335,6 +335,7 @@ def commit_to_index(index: Path, state: FolderState, space: EmbeddingSpace) -> N
         VlmError: the disk is full, or the index is damaged.
     """
     was_made = is_complete(index)
+    # fingerprints chain all changes, so this one proves that nobody else has changed the index
     if was_made and read_manifest(index, "index").fingerprint == state.index_fingerprint:
         _change_index(index, state, space)
         return
@@ -350,10 +351,12 @@ def _change_index(index: Path, state: FolderState, space: EmbeddingSpace) -> Non
     if not old_uids and not state.num_new_rows():
         return
     with IndexWriter(index) as writer:
+        # inserts before deletes: a file that moved is found under one name or both, never under none
         writer.update(_new_rows(state, space))
         # some may be gone already
         rows = writer.snapshot.catalogue.rows_by_uid(old_uids)
         commit = writer.delete_rows(np.sort(np.array(list(rows.values()), np.int64)))
+        # deleted rows cost time in every search, and a compaction costs about one pass over the live ones
         if commit.dead > commit.rows:
             writer.compact()
         fingerprint = writer.snapshot.manifest.fingerprint
@@ -370,6 +373,7 @@ def _make_index(index: Path, state: FolderState, space: EmbeddingSpace) -> None:
     with IndexWriter(unfinished) as writer:
         writer.add(_new_rows(state, space))
         fingerprint = writer.snapshot.manifest.fingerprint
+    # a kill between these two lines leaves no index, and the next update makes it again from the state
     shutil.rmtree(index, ignore_errors=True)
     unfinished.rename(index)
     state.set_indexed(fingerprint)
