@@ -126,6 +126,7 @@ def explainer(load_model: Callable[[], Model]) -> Callable[[Image.Image, str, st
     """
 
     model = cache(load_model)
+    # a tower without maps has none for any image: said once, not at each mistake
     problems: set[str] = set()
 
     def explain_mistake(image: Image.Image, text: str, other: str) -> bytes | None:
@@ -198,9 +199,11 @@ def explain(
     # encoders of other origin that embed for an index need not be networks
     if not hasattr(encoder, "network") or not encoder.embeds_images:
         raise UsageError(f"{encoder.name} has no image tower to look into: heat maps need one that torch runs.")
+    # the crop that the model sees: a map over the whole file would point beside the thing
     view = next(read_batches(named, encoder.view, batch_size=1, on_error="raise")).pixels
     texts = [text, *(text.split() if words else [])]
     rows = encoder.embed_texts(texts)
+    # cosines that are shown stay those of the texts, whatever the maps are against
     directions = rows.clone()
     if against:
         directions = directions - encoder.embed_texts(list(against)).mean(dim=0)
@@ -230,6 +233,7 @@ def _from_0_to_1(heat: Float32[Array, "H W"]) -> Float32[Array, "H W"]:
 
 
 def _shortened(label: str, font: Any) -> str:
+    # measured, since letters of other scripts are twice as wide
     while len(label) > 1 and font.getlength(label) > _PANEL_PIXELS - 12:
         label = label.removesuffix("…")[:-1] + "…"
     return label

@@ -65,11 +65,13 @@ class MicroBatcher(Generic[Request, Answer]):
         Raises:
             Overloaded: too many requests wait. VlmError: as `run` gives for this request.
         """
+        # refused at once: an answer that comes after the client has given up is of no use to anyone
         if len(self._waiting) >= self.max_waiting:
             self.counts.refused += 1
             raise Overloaded(f"The service is busy: {len(self._waiting)} requests wait. Try again in a second.")
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, future))
+        # no timer: the first request goes ahead alone, and what comes meanwhile is the next batch
         if self._working < self.workers:
             self._working += 1
             task = asyncio.create_task(self._work())
@@ -79,6 +81,7 @@ class MicroBatcher(Generic[Request, Answer]):
 
     async def close(self) -> None:
         """Wait until all that was submitted is answered, then end the threads."""
+        # again and again, since a request that waits may begin another task
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         self._threads.shutdown()
@@ -110,6 +113,7 @@ class MicroBatcher(Generic[Request, Answer]):
 
 
 def _settle(future: "asyncio.Future[Answer]", answer: "Answer | Exception") -> None:
+    # whoever asked may have gone while the batch was under way
     with contextlib.suppress(asyncio.InvalidStateError):
         if isinstance(answer, Exception):
             future.set_exception(answer)

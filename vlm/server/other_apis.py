@@ -49,8 +49,10 @@ def add_openai_routes(api: FastAPI, service: Service) -> None:
         data: list[dict[str, Any]] = []
         for number, vector in enumerate(vectors):
             as_text = request.encoding_format == "base64"
+            # little-endian float32, as OpenAI's clients decode it
             value = base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_text else vector.tolist()
             data.append({"object": "embedding", "index": number, "embedding": value})
+        # clients of OpenAI require the field; nothing is billed here
         usage = {"prompt_tokens": 0, "total_tokens": 0}
         return reply({"object": "list", "data": data, "model": name, "usage": usage})
 
@@ -67,6 +69,7 @@ def embed_inputs(index: ServedIndex, inputs: list[str], max_pixels: int) -> np.n
     if not all(map(str.strip, texts.values())):
         raise UsageError("A text of `input` is empty.")
     size = index.service.index.details.space.dimension
+    # one batch of texts and one of images, put back in the order of the inputs
     vectors = np.zeros((len(inputs), size), np.float32)
     if texts:
         vectors[list(texts)] = index.embed_texts(list(texts.values()))
@@ -142,6 +145,7 @@ def _knn_query(body: KnnRequest, service: Service) -> Query:
         except ValueError as error:
             raise UsageError(f"`image` is not valid base64: {error}.") from error
         images = tuple(checked_uploads([data], service.limits.max_pixels))
+    # cut rather than refused: its client asks for thousands by default
     top = min(body.num_result_ids, service.limits.max_results)
     # the first that is there decides, in clip-retrieval's order
     if body.text:
