@@ -145,7 +145,7 @@ def _knn_query(body: KnnRequest, service: Service) -> Query:
         except ValueError as error:
             raise UsageError(f"`image` is not valid base64: {error}.") from error
         images = tuple(checked_uploads([data], service.limits.max_pixels))
-    # cut rather than refused: its client asks for thousands by default
+    # cut, not refused: a client that asks for more still gets an answer
     top = min(body.num_result_ids, service.limits.max_results)
     # the first that is there decides, in clip-retrieval's order
     if body.text:
