@@ -290,7 +290,7 @@ class SearchIndex:
         Raises:
             UsageError: the table, its key or a column does not fit; nothing is set.
         """
-        from vlm.index.metadata_table import match_table, read_table
+        from vlm.index.catalog_edits import match_table, read_table
 
         if isinstance(values, str | Path):
             lines: Iterable[Mapping[str, Any]] = read_table(Path(values), encoding=encoding)
