@@ -212,6 +212,7 @@ class _Connection:
         except (ValueError, KeyError, TypeError):
             # a proxy in front of the server answers with a page of its own
             message = f"The server answered {response.status_code}."
+        # the same errors as of an open index, so that code runs with either
         raise (UsageError if response.status_code < 500 else VlmError)(message)
 
 
@@ -266,6 +267,7 @@ def search_body(
 def _rows(vector: Any) -> Sequence[Any]:
     if not hasattr(vector, "__len__") or isinstance(vector, str | Mapping):
         raise UsageError(f"vector = {vector!r}: give numbers, or a matrix of one vector a row.")
+    # a single vector, given as plain numbers
     if len(vector) and not hasattr(vector[0], "__len__"):
         return [vector]
     return vector

@@ -80,6 +80,7 @@ def split_urls(joined: str) -> list[str]:
 
 def _is_command(url: str, word: str) -> bool:
     """Whether `word:` at the beginning names something other than a file of that name."""
+    # a file may have a colon in its name; then it exists
     is_known = word.lower() in _KNOWN_ELSEWHERE or word.lower() in fsspec.available_protocols()
     return is_known and not Path(url.split("/")[0].rstrip(":")).exists()
 

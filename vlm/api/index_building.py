@@ -75,11 +75,13 @@ def build_index(
     from vlm.index.build import build_index as build_plain
 
     for name in tuning:
+        # a mistake of the caller's code, so it is Python's own error
         if name not in TUNING_PARAMETERS:
             raise TypeError(f"build_index() got an unexpected keyword argument {name!r}")
     targets = (recall, latency_ms, memory, texts, images)
     # any of them asks for a search over configurations, and nothing else does
     is_autotuned = any(value is not None for value in targets)
+    # an address without --engine milvus is refused, not ignored
     if engine != "faiss" or address:
         _check_engine(engine, address, is_autotuned)
         return _build_in_milvus(embeddings, out, index_type, _tuning(tuning, seed), address, uid_column)
@@ -180,6 +182,7 @@ def fit_reranker(embeddings: str | Path, out: str | Path, *, model: str = "", **
         if name not in known:
             raise TypeError(f"fit_reranker() got an unexpected keyword argument {name!r}")
     settings = FitOptions(**options)
+    # before the embeddings are opened and the model is loaded
     settings.check()
     folder = Embeddings.open(Path(embeddings))
     return fit(load_model(model or folder.space.model), folder, Path(out), settings)

@@ -200,6 +200,7 @@ def soup(
     names = [str(models)] if isinstance(models, str | Path) else list(map(str, models))
     method = _soup_method(len(names), greedy=greedy, weights=weights, interpolate=interpolate)
     _check_soup_measures(method, val, val_other, alphas, max_drift)
+    # read for its error alone: a misspelt metric must not show after the models are loaded
     parse_metric(metric)
     check_not_exists(Path(out))
     # the choice of ingredients depends on the held-out shards as well
@@ -447,6 +448,7 @@ def embed(
     if processes == 1:
         return job.run()
     _check_device(device)
+    # by its name: a loaded model is too large to be sent, and each process needs its own device
     results = run_in_processes(_EmbedJob.run, replace(job, model=job.options.model_spec), processes)
     # the one that wrote the last manifest knows all counts; none did where all was complete already
     finished = next((result for result in results if result.summaries[0].ended_here), results[0])
@@ -488,6 +490,7 @@ def caption_shards(
     if isinstance(model, Model):
         model = model.encoder
     if isinstance(model, VisionLanguageModel):
+        # what the captions depend on is the model that is there, not the argument
         precision = "fp32" if model.precision == torch.float32 else "bf16"
     url = join_shards(shards)
     job = _CaptionJob(
@@ -523,6 +526,7 @@ def sidecar_folder(shards: Sequence[str]) -> Path:
     Raises:
         UsageError: they lie in several folders, or not on this machine.
     """
+    # one sidecar for all of them, so it has one place only where they share a folder
     folders = {shard.rpartition("/")[0] for shard in shards}
     if len(folders) > 1 or is_remote(shards[0]):
         raise UsageError(f"{shards[0]} and the others lie in no one local folder; name one for the captions (--out).")

@@ -104,6 +104,7 @@ def _classifier(
         # of two classes it keeps the difference of their logits
         fitted = np.concatenate([np.zeros_like(fitted), fitted])
         intercepts = np.concatenate([np.zeros_like(intercepts), intercepts])
+    # a class without a training image can be no answer, whatever its weights
     weights = np.zeros((len(data.classes), data.features.shape[1]))
     biases = np.full(len(data.classes), -np.inf)
     weights[regression.classes_] = fitted
@@ -118,6 +119,7 @@ def _classifier(
 
 def log_loss(scores: Float64[Array, "N K"], labels: Int64[Array, " N"]) -> float:
     """Mean cross-entropy in nats of the scores as logits."""
+    # a softmax does not change by it, and no exponential overflows
     shifted = scores - scores.max(axis=1, keepdims=True)
     normaliser = np.log(np.exp(shifted).sum(axis=1))
     return float((normaliser - shifted[np.arange(len(labels)), labels]).mean())
@@ -158,6 +160,7 @@ def halving_search(trial_at: Callable[[float], StrengthTrial]) -> dict[float, St
     step = _FIRST_STEP / 2
     while step >= _LAST_STEP:
         best = min(trials, key=lambda exponent: _worse(trials[exponent]))
+        # the stronger one first: of equals the one tried first stays the best
         for exponent in (best + step, best - step):
             if _WEAKEST <= exponent <= _STRONGEST and exponent not in trials:
                 trials[exponent] = trial_at(exponent)
@@ -201,6 +204,7 @@ def fit_probe(
             held_out = validation
         trials = search_strength(fitted_on, held_out)
         strength = trials[0].strength
+    # once the strength is chosen, these images may be learned from as well
     if validation is not None:
         train = LabelledFeatures(
             features=np.concatenate([train.features, validation.features]),

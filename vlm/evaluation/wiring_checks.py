@@ -85,6 +85,7 @@ def check_classes(wiring: ClassWiring) -> list[str]:
     """What may be wrong with a zero-shot measurement at chance, most telling first; empty where nothing shows."""
     problems = check_texts(wiring.names, "class names")
     problems += check_embeddings(wiring.images, "images") + check_embeddings(wiring.classifier, "texts")
+    # whatever else shows follows from that
     if any("same embedding" in problem for problem in problems):
         return problems
     problems += _equal_classes(wiring.classifier, wiring.names)
@@ -116,6 +117,7 @@ def _equal_classes(classifier: np.ndarray, names: Sequence[str]) -> list[str]:
 
 def _check_order(wiring: ClassWiring) -> list[str]:
     """Classes mixed up consistently: the order of the names is another than that of the labels."""
+    # a mapping made from noise fits the images it was made from
     fit = every_other_of_class(wiring.truth)
     as_predicted = consistent_mapping(wiring.truth[fit], wiring.prediction[fit], len(wiring.names))
     # measured on the images that the mapping was not made from
@@ -135,6 +137,7 @@ def _check_order(wiring: ClassWiring) -> list[str]:
     pair = f"images of {wiring.names[number]!r} are taken for {wiring.names[int(as_predicted[number])]!r}"
     order = np.argsort(np.asarray(wiring.names), kind="stable")
     by_name = as_predicted[moved] == order[moved]
+    # either side may be the sorted one, and the two permutations are inverses of each other
     by_rank = as_predicted[moved] == np.argsort(order)[moved]
     hint = " as if one of them were sorted by name" if max(by_name.mean(), by_rank.mean()) > 0.5 else ""
     return [
