@@ -40,6 +40,7 @@ def median_of(values: Float[Array, " M"], rows: Int64[Array, " M"], *, resamples
 
     def median(counts: Int64[Array, "B N"]) -> Float[Array, " B"]:
         drawn = counts[:, rows]
+        # a resample may hold none of these rows
         return np.where(drawn.any(axis=1), weighted_median(values, drawn), np.nan)
 
     return SampleStatistic(of_counts=median, resamples=resamples)
@@ -49,6 +50,7 @@ def mean_of_groups(
     outcomes: Float[Array, " M"] | Bool[Array, " M"], groups: Int[Array, " M"], rows: Int64[Array, " M"]
 ) -> SampleStatistic:
     """The mean over groups (classes, categories) of their mean outcome; groups that a set lacks are left out of it."""
+    # sorted, so that each group is one run and all groups of all resamples are summed in one call
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order], prepend=groups[order][0] - 1))
     ordered = np.asarray(outcomes, np.float64)[order]
@@ -76,6 +78,7 @@ def sum_of_gaps(gaps: Float[Array, " M"], bins: Int[Array, " M"], rows: Int64[Ar
         sums = np.add.reduceat(drawn * gaps[order], starts, axis=1)
         return _quotient(np.abs(sums).sum(axis=1), drawn.sum(axis=1))
 
+    # absolute sums grow with noise, and resampling adds some
     return SampleStatistic(of_counts=error, is_biased=True)
 
 
