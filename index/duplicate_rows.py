@@ -28,7 +28,8 @@ def find_duplicate_rows(rows: Float16[Array, "N D"]) -> Int64[Array, "M 2"]:
     for begin in range(0, len(candidates), _ROWS_AT_ONCE):
         block = slice(begin, begin + _ROWS_AT_ONCE)
         is_equal[block] = (_bits(rows[candidates[block]]) == _bits(rows[leaders[block]])).all(axis=1)
-    candidates, leaders = candidates[is_equal], leaders[is_equal]
+    candidates = candidates[is_equal]
+    leaders = leaders[is_equal]
     sizes = np.bincount(leaders)
     is_repeated = sizes[leaders] > 1
     return np.stack([candidates[is_repeated], leaders[is_repeated]], axis=1)
@@ -89,7 +90,8 @@ class DuplicateRows:
         has_duplicates = (leaders >= 0).any(axis=1)
         if not has_duplicates.any():
             return scores, positions
-        scores, positions = scores.copy(), positions.copy()
+        scores = scores.copy()
+        positions = positions.copy()
         for query in np.flatnonzero(has_duplicates).tolist():
             scores[query], positions[query] = self._complete(scores[query], positions[query], leaders[query], mask)
         return scores, positions

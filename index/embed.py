@@ -237,7 +237,8 @@ class _Output:
 
 def _open_output(model: Encoder, plan: EmbedPlan, modality: Modality) -> _Output:
     """Begin or resume a folder, or open a complete one; a complete but damaged one is resumed."""
-    path, options = plan.folders[modality], plan.options
+    path = plan.folders[modality]
+    options = plan.options
     identity: dict[str, Any] = {"modality": modality, **plan.inputs, "addresses": plan.shards}
     identity |= asdict(options.storage)
     # rows in float32 and bfloat16 differ by more than rounding, so they never share a folder

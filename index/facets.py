@@ -87,7 +87,8 @@ def count_values(
 
     rows: count only these; None counts all but the hidden ones.
     """
-    condition, parameters = "", [field]
+    condition = ""
+    parameters = [field]
     if rows is not None:
         condition = "AND row IN (SELECT value FROM json_each(?))"
         parameters.append(json.dumps(rows.tolist()))

@@ -342,13 +342,16 @@ class RowMap:
         live = snapshot.rows
         written_rows, written_places = read_map(snapshot.folder, record)
         is_live = np.isin(written_rows, live, assume_unique=True)
-        rows, places = written_rows[is_live], written_places[is_live]
+        rows = written_rows[is_live]
+        places = written_places[is_live]
         new = np.setdiff1d(live, rows, assume_unique=True)
         if before is not None and before.record == record:
             is_placed = np.isin(before.rows, new, assume_unique=True)
-            placed, new_places = before.rows[is_placed], before.places[is_placed]
+            placed = before.rows[is_placed]
+            new_places = before.places[is_placed]
         else:
-            placed, new_places = np.zeros(0, np.int64), np.zeros((0, 2), np.float32)
+            placed = np.zeros(0, np.int64)
+            new_places = np.zeros((0, 2), np.float32)
         to_place = np.setdiff1d(new, placed, assume_unique=True)[:MOST_PLACED] if len(rows) else new[:0]
         if len(to_place):
             scores, neighbours = nearest(snapshot.views, snapshot.vectors(to_place), PLACING_NEIGHBOURS, rows)
@@ -384,7 +387,8 @@ class RowMap:
         """
         is_inside: np.ndarray = np.ones(len(self.rows), bool)
         if box is not None:
-            low, high = np.array(box[:2], np.float32), np.array(box[2:], np.float32)
+            low = np.array(box[:2], np.float32)
+            high = np.array(box[2:], np.float32)
             is_inside = np.all((self.places >= low) & (self.places <= high), axis=1)
         if allowed_rows is not None:
             is_inside &= np.isin(self.rows, allowed_rows, assume_unique=True)

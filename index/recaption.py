@@ -242,7 +242,9 @@ class ShardRecaptioner:
             ) from error
 
     def _caption(self, missing: list[int], bar: "tqdm[NoReturn]") -> None:
-        shards, counts, options = self.plan.shards, self.plan.counts, self.plan.options
+        shards = self.plan.shards
+        counts = self.plan.counts
+        options = self.plan.options
         plan = SequentialBatches(counts=[counts[number] for number in missing], batch_size=options.batch_size)
         # one stream over all missing shards, so that workers read ahead from one into the next
         batches = stream_batches(
@@ -297,7 +299,8 @@ class ShardRecaptioner:
         return True
 
     def _write_manifest(self, parts: list[Part], skipped: list[SkippedSampleRecord]) -> None:
-        out, identity = self.plan.out, self.plan.identity
+        out = self.plan.out
+        identity = self.plan.identity
         lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in skipped]
         # before the refusal below, which sends its reader to the list
         write_text(out / SKIPPED_JSONL, "".join(lines))

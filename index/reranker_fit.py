@@ -161,7 +161,8 @@ def fit_poly_encoder(model: VisionLanguageModel, embeddings: Embeddings, options
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(rows.images), generator=generator)
     number = max(1, round(options.held_out * len(order)))
-    held_out, fitting = rows.select(order[:number].sort().values), rows.select(order[number:].sort().values)
+    held_out = rows.select(order[:number].sort().values)
+    fitting = rows.select(order[number:].sort().values)
 
     states, _, _ = token_states(model, fitting.captions[:1])
     size = PolyEncoderSize(codes=options.codes, width=states.shape[-1], dimension=embeddings.dimension)

@@ -346,7 +346,8 @@ def _batches(entities: Iterable[Mapping[str, Any]]) -> Iterator[list[dict[str, A
         size = sum(map(_size, entity.values()))
         if batch and (num_bytes + size > _BATCH_BYTES or len(batch) == _ROWS_AT_ONCE):
             yield batch
-            batch, num_bytes = [], 0
+            batch = []
+            num_bytes = 0
         batch.append(dict(entity))
         num_bytes += size
     if batch:

@@ -38,7 +38,8 @@ def number_key(value: int | float) -> str:
         return _ZERO
     size = abs(value)
     if size == inf:
-        exponent, fraction = _INFINITE, 0
+        exponent = _INFINITE
+        fraction = 0
     else:
         # a power of two below the line; above it at most 64 bits, or those of a double with zeros behind them
         numerator, denominator = size.as_integer_ratio()

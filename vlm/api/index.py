@@ -505,7 +505,6 @@ class SearchIndex:
         def change(writer: "EngineWriter") -> "AddSummary":
             found = addition
             allowed_rows = writer.snapshot.catalogue.where(condition) if condition else None
-            # another writer may have added some of these since they were looked up
             if not (replace_known or addition.is_finished):
                 found = rows_to_write(addition, writer.snapshot)
             if found.batch is None:

@@ -338,7 +338,8 @@ class SampleStream:
                     f"The state is of another stream: {name} was {state.get(name)!r} and is {value!r} here. Open the "
                     "stream with the shards, selection, seed, transform and batch size it had."
                 )
-        position, num_failures = state.get("position"), state.get("num_failures", 0)
+        position = state.get("position")
+        num_failures = state.get("num_failures", 0)
         if not isinstance(position, int) or not isinstance(num_failures, int) or position < 0:
             raise UsageError(f"position = {position!r} is none; give the whole state that state_dict gave.")
         self.close()

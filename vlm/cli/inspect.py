@@ -65,7 +65,8 @@ def show_inspection(inspection: "Inspection") -> None:
     rows = [_language_row(code, stats, inspection) for code, stats in inspection.languages.items()]
     show_table(columns, rows)
     if inspection.caption_lines:
-        samples, captions = inspection.caption_lines["samples"], inspection.caption_lines["captions"]
+        samples = inspection.caption_lines["samples"]
+        captions = inspection.caption_lines["captions"]
         logger.info(
             f"{samples:,} samples have captions of several lines. If every line is a caption ({captions:,} in all), "
             "repack them: vlm pack SHARDS OUT --caption-lines"

@@ -307,7 +307,8 @@ def _mean_draws(units: _Units, rng: np.random.Generator, resamples: int) -> Floa
         sums, sizes = kinds
     else:
         draw_blocks = _unit_counts(num_units, rng, resamples)
-        sums, sizes = units.sums, units.sizes
+        sums = units.sums
+        sizes = units.sizes
     # a product with floats is BLAS's, with integers a slow loop
     return np.concatenate([(block @ sums) / (block @ sizes) for block in map(np.float64, draw_blocks)])
 

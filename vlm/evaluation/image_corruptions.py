@@ -271,7 +271,8 @@ class TypographicAttack:
         font = self._font(brush, self.texts[key], image)
         left, top, right, bottom = brush.textbbox((0, 0), self.texts[key], font=font)
         margin = max(1, round((bottom - top) / 5))
-        label_width, label_height = right - left + 2 * margin, bottom - top + 2 * margin
+        label_width = right - left + 2 * margin
+        label_height = bottom - top + 2 * margin
         x = round(rng.random() * max(0, image.width - label_width))
         y = round(rng.random() * max(0, image.height - label_height))
         brush.rectangle((x, y, x + label_width - 1, y + label_height - 1), fill="white")

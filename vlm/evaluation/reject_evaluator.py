@@ -201,7 +201,8 @@ def _samples(scored: _Scored) -> pa.Table:
 
 def _statistics(scored: _Scored) -> dict[str, SampleStatistic]:
     """All values, none of which is a mean over the rows of `_samples`."""
-    num_inside, num_outside = len(scored.inside), len(scored.outside)
+    num_inside = len(scored.inside)
+    num_outside = len(scored.outside)
     is_outside = np.arange(num_inside + num_outside) >= num_inside
     statistics: dict[str, SampleStatistic] = {}
     for score, (inside, outside) in scored.scores.items():

@@ -69,7 +69,8 @@ class LineChart:
         """The ends of each curve in words, for those who do not see it."""
         parts: list[str] = []
         for line in self.lines:
-            first, last = line.points[0], line.points[-1]
+            first = line.points[0]
+            last = line.points[-1]
             parts.append(f"{line.name} from {first.y:.1%} to {last.y:.1%}")
         return f"{self.title}, {self.note}: {'; '.join(parts)}"
 

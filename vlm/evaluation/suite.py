@@ -142,7 +142,8 @@ def open_suite_data(name: str, data: SuiteData, root: Path, *, cache: Path | Non
         captions=data.captions,
         scenes=data.scenes,
     )
-    label, caption_lines = data.label, data.caption_lines
+    label = data.label
+    caption_lines = data.caption_lines
     if data.layout:
         label, caption_lines = _clip_benchmark_labels(Path(address), data)
     # without options of its own an address may be shards, which are read in place instead of as a source

@@ -263,7 +263,8 @@ def _class_scores(ranking: ClassRanking, truths: LabelSets, names: Sequence[str]
 
 
 def _details(classified: Sequence[_Classified], truths: LabelSets, precision: float | None) -> ZeroShot:
-    first, texts = classified[0].ranking, classified[0].texts
+    first = classified[0].ranking
+    texts = classified[0].texts
     classes = _class_scores(first, truths, texts.names)
     has_truth = first.has_truth
     languages: list[LanguageAccuracy] = []
@@ -298,7 +299,8 @@ def _samples(data: EvaluationSet, classified: Sequence[_Classified]) -> pa.Table
     rank: of the best right class, from 1, equals in expectation. top1, top5: probability of a right class among so
     many; null where there is none. correct: whether the prediction, the first of equals, is right.
     """
-    first, names = classified[0].ranking, classified[0].texts.names
+    first = classified[0].ranking
+    names = classified[0].texts.names
     columns: dict[str, pa.Array] = {
         "key": pa.array(data.keys),
         "truth": pa.array([names[number] if number >= 0 else None for number in first.truth.tolist()], pa.string()),

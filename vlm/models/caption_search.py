@@ -160,8 +160,11 @@ class _StepByStep:
     def __init__(
         self, plan: _Plan, options: DecodingOptions, state: CaptionState, logits: Tensor, seeds: Sequence[int]
     ) -> None:
-        self._plan, self._options, self._state = plan, options, state
-        num_images, count = len(logits), options.captions
+        self._plan = plan
+        self._options = options
+        self._state = state
+        num_images = len(logits)
+        count = options.captions
         device = logits.device
         self._images = torch.arange(num_images, device=device)
         # the image is encoded once; its keys and values are copied for each caption of it
@@ -249,8 +252,11 @@ class _BeamSearch:
     """
 
     def __init__(self, plan: _Plan, options: DecodingOptions, state: CaptionState, logits: Tensor) -> None:
-        self._plan, self._options, self._state = plan, options, state
-        num_images, groups = len(logits), options.beam_groups
+        self._plan = plan
+        self._options = options
+        self._state = state
+        num_images = len(logits)
+        groups = options.beam_groups
         size = options.beams // groups
         device = logits.device
         self._images = torch.arange(num_images, device=device)
@@ -308,7 +314,8 @@ class _BeamSearch:
     def _write_group(
         self, group: int, place: int, log_probabilities: Float[Tensor, "B S V"], uses: Float[Tensor, "B V"]
     ) -> tuple[Int64[Tensor, "B S"], Int64[Tensor, "B S"]]:
-        images, plan = self._images, self._plan
+        images = self._images
+        plan = self._plan
         num_images, size, _ = log_probabilities.shape
         rows = self._tokens[images, group, :, :place].flatten(0, 1)
         scores, numbers = self._candidates(group, log_probabilities, rows, uses)
@@ -330,7 +337,8 @@ class _BeamSearch:
 
         # stable: those that go on stay in the order of their scores
         going_on = is_end.long().argsort(dim=1, stable=True)[:, :size]
-        beams, tokens = beams.gather(1, going_on), tokens.gather(1, going_on)
+        beams = beams.gather(1, going_on)
+        tokens = tokens.gather(1, going_on)
         self._tokens[images, group] = _gather(self._tokens[images, group], beams)
         self._tokens[images, group, :, place] = tokens
         self._scores[images, group] = best.values.gather(1, going_on)
@@ -344,7 +352,8 @@ class _BeamSearch:
         self, group: int, log_probabilities: Float[Tensor, "B S V"], rows: Int64[Tensor, "R L"], uses: Tensor
     ) -> tuple[Float[Tensor, "B S C"], Int64[Tensor, "B S C"]]:
         """Scores and numbers of tokens among which the best 2 S continuations of each beam are."""
-        options, plan = self._options, self._plan
+        options = self._options
+        plan = self._plan
         size, vocabulary = log_probabilities.shape[1:]
         if options.repetition_penalty != 1 or options.no_repeat_ngram:
             scores = constrain_scores(log_probabilities.flatten(0, 1), rows, options, plan)

@@ -144,7 +144,8 @@ class _CachedState(CaptionState):
         self.attention = None
 
     def advance(self, tokens: Int64[Tensor, "B K"]) -> Float[Tensor, "B K V"]:
-        text, decoder = self._text, self._decoder
+        text = self._text
+        decoder = self._decoder
         self._add_entries(tokens)
         states = text.token_embedding(tokens).to(text.transformer.get_cast_dtype())
         states = states + text.positional_embedding[self._length].to(states.dtype)

@@ -56,7 +56,8 @@ class Export(Result):
         """Python code that uses the folder with open_clip, to copy and run."""
         address = f"local-dir:{self.out}"
         if self.has_tokenizer:
-            tokenizer_import, tokenizer = "", f"open_clip.get_tokenizer({address!r})"
+            tokenizer_import = ""
+            tokenizer = f"open_clip.get_tokenizer({address!r})"
         else:
             # open_clip itself has none for these ids
             tokenizer_import = "\nfrom vlm.adaptors.open_clip_tokenizer import get_tokenizer\n"

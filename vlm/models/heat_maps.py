@@ -137,7 +137,8 @@ def _shifted_maps(
             # equal shares for all shifts, whatever their scores
             maps = maps / maps.abs().amax(dim=(1, 2), keepdim=True).clamp_min(_TINY)
             back = F.pad(maps[None], (margin,) * 4, mode="replicate")[0]
-            top, left = 2 * margin - row, 2 * margin - column
+            top = 2 * margin - row
+            left = 2 * margin - column
             total += back[:, top : top + height, left : left + width]
     return total / shifts**2
 

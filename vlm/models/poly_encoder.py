@@ -130,7 +130,8 @@ def token_states(
             source = text.transformer
         states, vectors = _run_with_states(cast(nn.Module, source), lambda: model.network.encode_text(tokens))
         length = min(states.shape[1], mask.shape[1])
-        states, mask = states[:, :length], mask[:, :length]
+        states = states[:, :length]
+        mask = mask[:, :length]
     return states.float(), mask, nn.functional.normalize(vectors.float(), dim=-1)
 
 

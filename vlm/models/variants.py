@@ -69,7 +69,8 @@ def _interpolated(positions: Float[Tensor, "*B N C"], shape: torch.Size, name: s
     from timm.layers.pos_embed import resample_abs_pos_embed
 
     is_grid = positions.ndim in (2, 3) and len(shape) == positions.ndim and shape[-1] == positions.shape[-1]
-    old_length, new_length = positions.shape[-2:][0], shape[-2:][0]
+    old_length = positions.shape[-2:][0]
+    new_length = shape[-2:][0]
     for num_prefix in _PREFIX_TOKENS if is_grid else ():
         old_side, new_side = (isqrt(max(length - num_prefix, 0)) for length in (old_length, new_length))
         if (old_side**2 + num_prefix, new_side**2 + num_prefix) == (old_length, new_length):

@@ -360,7 +360,8 @@ class Ranker:
             scores = np.array([score for _, score in ranked], np.float64)
             if self.allowed_rows is not None:
                 is_allowed = np.isin(rows, row_numbers(self.allowed_rows))
-                rows, scores = rows[is_allowed], scores[is_allowed]
+                rows = rows[is_allowed]
+                scores = scores[is_allowed]
             # one more than needed, to see whether equals are cut off
             is_enough = len(rows) > depth and scores[-1] != scores[depth - 1]
             if is_enough or len(ranked) < num_requested:
@@ -369,7 +370,8 @@ class Ranker:
 
     def _without_far_equals(self, ranking: ScoredRanking, depth: int) -> ScoredRanking:
         """The first `depth` of the ranking; of those that are equal to the last of them the nearest to the query."""
-        rows, scores = ranking.rows, ranking.scores
+        rows = ranking.rows
+        scores = ranking.scores
         if len(rows) <= depth or scores[depth] != scores[depth - 1]:
             return ScoredRanking(rows=rows[:depth], scores=scores[:depth])
         equals = np.flatnonzero(scores == scores[depth - 1])

@@ -252,7 +252,8 @@ class HuggingFaceTextTower(TextTower):
     def __init__(self, trunk: Any, config: TextTowerConfig, embed_dim: int) -> None:
         super().__init__()
         self.trunk = trunk
-        self.pad_id, self.pooling = config.pad_id, config.pooling
+        self.pad_id = config.pad_id
+        self.pooling = config.pooling
         width = int(trunk.config.hidden_size)
         self.head = projection(width, config.hidden, embed_dim)
         if config.residual:

@@ -366,7 +366,9 @@ class _PromptedState:
     def __init__(self, decoder: SoftPromptDecoder, writer: LazyWriter, memory: Tensor, text: PromptedTower) -> None:
         from transformers import DynamicCache
 
-        self._decoder, self._writer, self._text = decoder, writer, text
+        self._decoder = decoder
+        self._writer = writer
+        self._text = text
         self._num_rows = 1
         self._past = DynamicCache()
         writer.run(memory, self._past)

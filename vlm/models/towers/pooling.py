@@ -205,7 +205,8 @@ class SimPool(Pooling):
             return self.attention(tokens.patches)
         attention = self.attention
         values = attention.norm(tokens.patches)
-        query, keys = attention.q(tokens.patches.mean(dim=1, keepdim=True)), attention.k(values)
+        query = attention.q(tokens.patches.mean(dim=1, keepdim=True))
+        keys = attention.k(values)
         least = values.amin(dim=(1, 2), keepdim=True) - _LEAST_VALUE
         raised = nn.functional.scaled_dot_product_attention(query, keys, (values - least).pow(self.gamma))
         return (raised.pow(1 / self.gamma) + least)[:, 0]
@@ -317,7 +318,8 @@ def build_pooling(config: ImageTowerConfig, layout: MapLayout, *, has_class_toke
     Raises:
         UsageError: the map lacks what the pooling reads, or a setting is out of range.
     """
-    name, pooling = config.tower, config.pooling
+    name = config.tower
+    pooling = config.pooling
     if pooling == "token" and not (layout.prefix and has_class_token):
         raise UsageError(f"{name} has no class token to pool by; give pooling=avg, native or simpool.")
     if pooling != "token" and not layout.patches:

@@ -297,7 +297,8 @@ def parse_towers(name: str) -> Values:
     """
     towers, at, size = name.rpartition("@")
     if not (at and size.isdigit()):
-        towers, size = name, str(_EMBED_DIM)
+        towers = name
+        size = str(_EMBED_DIM)
     image, text = _split(towers)
     image_tower, image_options = parse_tower_options(image)
     text_tower, text_options = parse_tower_options(text)
