@@ -12,7 +12,7 @@ import numpy as np
 
 from vlm.api.explanation import explainer
 from vlm.api.image_batches import Images
-from vlm.api.inference import Model, encoder_of, load
+from vlm.api.inference import Model, encoder_of, encoder_to_measure, load
 from vlm.config import text_list
 from vlm.data.pack import shards_at
 from vlm.data.shards import Shards, join_shards
@@ -26,17 +26,15 @@ from vlm.evaluation.features import EvaluatedModel, FeatureCache
 from vlm.evaluation.measurement import Evaluator, Measurement
 from vlm.evaluation.mistakes import Explain
 from vlm.evaluation.reject_evaluator import Rejection, RejectionResult, open_outside
-from vlm.evaluation.rejection import REJECT_RULE_FILE, RejectRule, write_reject_rule
 from vlm.evaluation.retrieval import Retrieval
 from vlm.evaluation.retrieval_metrics import RetrievalResult
 from vlm.evaluation.sample_files import write_samples
 from vlm.evaluation.suite import OpenSets, SuiteEvaluation, evaluate_models, read_suite
 from vlm.evaluation.zero_shot import ZeroShot, ZeroShotClassification, open_labelled_set
 from vlm.files import write_text
-from vlm.models.onnx_encoder import OnnxEncoder, is_onnx_folder
 from vlm.pages import Provenance
 from vlm.results import Result, json_values
-from vlm.service.query_encoder import Backend, chosen_backend
+from vlm.service.query_encoder import Backend
 
 if TYPE_CHECKING:
     from vlm.models.model import VisionLanguageModel
@@ -209,7 +207,7 @@ def evaluate(
     ):
         measurement = evaluator.run(evaluated, data)
         if isinstance(evaluator, Rejection) and out is not None:
-            _write_rule(evaluator.rule(evaluated, data), Path(out))
+            logger.info(f"Threshold for vlm classify --reject: {evaluator.write_rule(evaluated, data, Path(out))}")
         for warning in measurement.warnings:
             logger.warning(warning)
         sets[data.name] = data
@@ -240,12 +238,6 @@ def _rejection(zero_shot: ZeroShotClassification, outside: str) -> Rejection:
         templates=zero_shot.templates,
         class_descriptions=zero_shot.class_descriptions,
     )
-
-
-def _write_rule(rule: RejectRule, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    write_reject_rule(rule, out / REJECT_RULE_FILE)
-    logger.info(f"Threshold for vlm classify --reject: {out / REJECT_RULE_FILE}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,7 +321,15 @@ class _Opening:
         if isinstance(model, Model):
             encoder = model.query_encoder
         else:
-            encoder = self._load(model, needs_network) if isinstance(model, str | Path) else model
+            encoder = model
+            if isinstance(model, str | Path):
+                encoder = encoder_to_measure(
+                    model,
+                    device=self.device,
+                    precision=self.precision,
+                    backend=self.backend,
+                    needs_network=needs_network,
+                )
         return EvaluatedModel(encoder, cache=cache, workers=self.workers)  # pyright: ignore[reportArgumentType]
 
     def with_network(self, model: ModelLike) -> Model:
@@ -337,20 +337,6 @@ class _Opening:
         if isinstance(model, Model):
             return model
         return Model(encoder_of(model, device=self.device, precision=self.precision))
-
-    def _load(self, model: str | Path, needs_network: bool) -> "VisionLanguageModel | OnnxEncoder":
-        choice = chosen_backend(self.backend)
-        if choice == "auto" and needs_network:
-            choice = "torch"
-        encoder = load(model, device=self.device, precision=self.precision, backend=choice).query_encoder
-        if not isinstance(encoder, OnnxEncoder):
-            return encoder
-        is_rounded = encoder.export.details.precision != "float32"
-        # the figures are those of the model itself unless its int8 export was asked for
-        if is_rounded and choice == "auto" and not is_onnx_folder(Path(model)):
-            return encoder_of(model, device=self.device, precision=self.precision)
-        logger.info(f"{model} is evaluated by its ONNX export ({encoder.export.details.precision}).")
-        return encoder
 
 
 def _explainers(models: Sequence[ModelLike], opening: _Opening, out: str | Path | None) -> list[Explain]:

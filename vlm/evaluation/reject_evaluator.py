@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from vlm.evaluation.features import EvaluatedModel
 from vlm.evaluation.measurement import Measurement, SampleStatistic, Value, figure_of_two_groups
 from vlm.evaluation.rejection import (
     PASS_RATE,
+    REJECT_RULE_FILE,
     RejectRule,
     RejectScore,
     Separation,
@@ -24,6 +26,7 @@ from vlm.evaluation.rejection import (
     measure_separation,
     num_resamples_of,
     resampled_separations,
+    write_reject_rule,
 )
 from vlm.evaluation.wiring_checks import is_at_chance
 from vlm.evaluation.zero_shot import text_classifier
@@ -80,6 +83,13 @@ class Rejection:
     def rule(self, model: EvaluatedModel, data: EvaluationSet) -> RejectRule:
         """The rule by the better of the scores; raises as `measure`."""
         return self.measure(model, data)[1]
+
+    def write_rule(self, model: EvaluatedModel, data: EvaluationSet, out: Path) -> Path:
+        """Write the rule into a folder; its file. Raises as `measure`."""
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / REJECT_RULE_FILE
+        write_reject_rule(self.rule(model, data), path)
+        return path
 
     def measure(self, model: EvaluatedModel, data: EvaluationSet) -> tuple[Measurement, RejectRule]:
         """The measurement, and the rule by the better of the scores.
