@@ -152,7 +152,9 @@ def _place_or_suggestion(name: str, known: set[str], root: type) -> str:
 
 
 def _belongs(name: str, tables: list[str]) -> str:
-    places = [f"in the table [{table}]" if table else "at the top, before the first [table]" for table in tables]
+    places: list[str] = []
+    for table in tables:
+        places.append(f"in the table [{table}]" if table else "at the top, before the first [table]")
     return f"{name!r} belongs {' or '.join(places)}"
 
 

@@ -150,7 +150,9 @@ class MilvusConnection:
         with self.explained("cannot be reached"):
             client = pymilvus.MilvusClient(self.uri, token=token, timeout=_CONNECT_SECONDS)
             version = str(client.get_server_version(timeout=_CONNECT_SECONDS))
-        numbers = tuple(int(part) for part in version.lstrip("v").split("-")[0].split(".") if part.isdigit())
+        # v2.6.4-dev has the numbers 2, 6 and 4
+        released = version.lstrip("v").split("-")[0]
+        numbers = tuple(map(int, filter(str.isdigit, released.split("."))))
         # a build from source has no number
         if numbers and numbers < _OLDEST_SERVER:
             oldest = ".".join(map(str, _OLDEST_SERVER))

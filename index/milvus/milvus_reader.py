@@ -71,18 +71,17 @@ class MilvusDetails(EngineDetails):
                     f"{folder} has the layout {details['layout']} of Milvus, this version reads {MILVUS_LAYOUT}: use "
                     "the version that made it."
                 )
-            fields = [StoredField(**(stored | {"types": tuple(stored["types"])})) for stored in details["fields"]]
-            return cls(
-                **(
-                    details
-                    | {
-                        "space": EmbeddingSpace(**details["space"]),
-                        "fields": tuple(fields),
-                        "shards": tuple(details["shards"]),
-                        "sources": tuple(details["sources"]),
-                    }
-                )
-            )
+            # JSON has lists for tuples
+            fields: list[StoredField] = []
+            for stored in details["fields"]:
+                fields.append(StoredField(**(stored | {"types": tuple(stored["types"])})))
+            typed = {
+                "space": EmbeddingSpace(**details["space"]),
+                "fields": tuple(fields),
+                "shards": tuple(details["shards"]),
+                "sources": tuple(details["sources"]),
+            }
+            return cls(**(details | typed))
 
 
 def visible_at(version: int) -> str:

@@ -5,7 +5,7 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -180,7 +180,15 @@ def plan_steps(out: Path, *, num_train: int, num_steps: int) -> list[Step]:
     # the page of vlm serve has a tab for it; a part of the rows is enough for shapes
     if importlib.util.find_spec("umap"):
         commands.append(("drawing a map", f"index/{map_file(2)}", f"index map {folder}/index --sample {_MAP_SAMPLE}"))
-    return [Step(title=title, output=out / output, words=shlex.split(words)) for title, output, words in commands]
+    return _steps(out, commands)
+
+
+def _steps(out: Path, commands: Sequence[tuple[str, str, str]]) -> list[Step]:
+    """Steps of commands as a title, what they make below `out`, and their words as a shell takes them."""
+    steps: list[Step] = []
+    for title, output, words in commands:
+        steps.append(Step(title=title, output=out / output, words=shlex.split(words)))
+    return steps
 
 
 def plan_photo_steps(out: Path, photos: str, *, num_steps: int) -> list[Step]:
@@ -224,7 +232,7 @@ def plan_photo_steps(out: Path, photos: str, *, num_steps: int) -> list[Step]:
         ("embedding", "embeddings", f"embed {folder}/run {shlex.quote(f'{train}::{val}')} {folder}/embeddings"),
         ("indexing", "index", f"index build {folder}/embeddings {folder}/index"),
     ]
-    return [Step(title=title, output=out / output, words=shlex.split(words)) for title, output, words in commands]
+    return _steps(out, commands)
 
 
 def _run_timed(work: Callable[[], None], title: str, words: list[str]) -> float:

@@ -403,11 +403,13 @@ def add_clip_scores(
     for texts in of_images:
         rows_of_images.append(reference_rows[list(map(row_of.__getitem__, texts))])
     per_image["ref_clip_score"] = ref_clip_scores(per_image["clip_score"], rows, rows_of_images)
-    return replace(
-        scores,
-        **{name: mean_interval(values, rng=np.random.default_rng(seed)) for name, values in per_image.items()},
-        per_image=scores.per_image | {name: tuple(values.tolist()) for name, values in per_image.items()},
-    )
+    intervals: dict[str, Interval] = {}
+    outcomes = dict(scores.per_image)
+    for name, values in per_image.items():
+        # the same draws for both scores, as for all others of the same images
+        intervals[name] = mean_interval(values, rng=np.random.default_rng(seed))
+        outcomes[name] = tuple(values.tolist())
+    return replace(scores, **intervals, per_image=outcomes)
 
 
 _MEANS = ("rouge_l", "rouge_l_single", "cider", "cider_d")

@@ -328,8 +328,10 @@ def _languages(models: Sequence[tuple[str, Measurement | None]]) -> _Languages |
     rows: list[tuple[str, list[str]]] = []
     for language, of_columns in cells.items():
         rows.append((language, [of_columns.get(number, "–") for number in range(len(columns))]))
-    tables = [measurement.samples for _, measurement in models if measurement and measurement.samples is not None]
-    noun = "category" if any("category" in table.column_names for table in tables) else "language"
+    noun = "language"
+    for _, measurement in models:
+        if measurement and measurement.samples is not None and "category" in measurement.samples.column_names:
+            noun = "category"
     return _Languages(noun=noun, columns=columns, rows=rows) if rows else None
 
 

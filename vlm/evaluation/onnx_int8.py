@@ -163,8 +163,14 @@ def measure_loss(float32: OnnxEncoder, int8: OnnxEncoder, shards: Sequence[str],
 
 
 def _recall(by_text: RetrievalResult, by_image: RetrievalResult) -> dict[str, float]:
-    named = {f"text_to_image_recall@{k}": value for k, value in by_text.text_to_image.recall.items()}
-    return named | {f"image_to_text_recall@{k}": value for k, value in by_image.image_to_text.recall.items()}
+    named: dict[str, float] = {}
+    for direction, recall in (
+        ("text_to_image", by_text.text_to_image.recall),
+        ("image_to_text", by_image.image_to_text.recall),
+    ):
+        for k, value in recall.items():
+            named[f"{direction}_recall@{k}"] = value
+    return named
 
 
 def _cosines(first: Float32[Array, "N D"], second: Float32[Array, "N D"]) -> dict[str, float]:

@@ -391,11 +391,16 @@ def query_values(
 def direction_of(values: dict[str, Float[Array, " Q"]]) -> Direction:
     """The means of `query_values`, and the median of the ranks."""
     means = {name: float(of_query.mean()) for name, of_query in values.items()}
+    by_cutoff: dict[str, dict[int, float]] = {"recall": {}, "ndcg": {}}
+    for name, mean in means.items():
+        metric, _, cutoff = name.partition("@")
+        if cutoff:
+            by_cutoff[metric][int(cutoff)] = mean
     return Direction(
-        recall={int(name.removeprefix("recall@")): mean for name, mean in means.items() if name.startswith("recall@")},
+        recall=by_cutoff["recall"],
         median_rank=float(np.median(values["rank"])),
         num_queries=len(values["rank"]),
         mean_reciprocal_rank=means["mrr"],
-        ndcg={int(name.removeprefix("ndcg@")): mean for name, mean in means.items() if name.startswith("ndcg@")},
+        ndcg=by_cutoff["ndcg"],
         mean_average_precision=means.get("map"),
     )

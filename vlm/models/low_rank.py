@@ -148,10 +148,9 @@ def merge_adapters(network: Network, config: Mapping[str, Any]) -> dict[str, Any
     from peft.tuners.lora import LoraLayer
 
     # a list, since a network must not change while it is walked
-    layers = [
-        (name, module) for name, module in network.named_modules() if isinstance(module, LoraLayer | AdaptedAttention)
-    ]
-    for name, module in layers:
+    for name, module in list(network.named_modules()):
+        if not isinstance(module, LoraLayer | AdaptedAttention):
+            continue
         layer: Any = module
         layer.merge()
         _replace(network, name, layer.get_base_layer())

@@ -55,9 +55,10 @@ class DecodedCaption:
             if 0 <= number < len(words) and self.tokens[place] != tokenizer.end_token:
                 rows[number].append(self.attention[place])
         nothing = torch.zeros(self.attention.shape[1])
-        return [
-            (word, torch.stack(maps).mean(dim=0) if maps else nothing) for word, maps in zip(words, rows, strict=True)
-        ]
+        by_word: list[tuple[str, Tensor]] = []
+        for word, maps in zip(words, rows, strict=True):
+            by_word.append((word, torch.stack(maps).mean(dim=0) if maps else nothing))
+        return by_word
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

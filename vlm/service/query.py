@@ -183,9 +183,13 @@ class Query:
         >>> Query(texts=("a dog", "snow"), items=("a/7",), minus=("a cat",), weights=(1, -1, 1, 1)).describe()
         'a dog + a/7 − snow − a cat'
         """
-        images = ["an image" if isinstance(image, bytes) else image.name for image in self.images]
-        vectors = [vector.name if isinstance(vector, Path) else "a vector" for vector in self.vectors]
-        names = [*self.texts, *images, *self.items, *vectors, *self.minus]
+        names = list(self.texts)
+        for image in self.images:
+            names.append("an image" if isinstance(image, bytes) else image.name)
+        names += self.items
+        for vector in self.vectors:
+            names.append(vector.name if isinstance(vector, Path) else "a vector")
+        names += self.minus
         plus: list[str] = []
         minus: list[str] = []
         for name, weight in zip(names, self.signed_weights(), strict=True):
@@ -194,8 +198,12 @@ class Query:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; images given as bytes and vectors given as numbers are shown by their sizes."""
-        images = [f"({len(image):,} bytes)" if isinstance(image, bytes) else str(image) for image in self.images]
-        vectors = [str(vector) if isinstance(vector, Path) else f"({len(vector):,} numbers)" for vector in self.vectors]
+        images: list[str] = []
+        for image in self.images:
+            images.append(f"({len(image):,} bytes)" if isinstance(image, bytes) else str(image))
+        vectors: list[str] = []
+        for vector in self.vectors:
+            vectors.append(str(vector) if isinstance(vector, Path) else f"({len(vector):,} numbers)")
         values = {
             "texts": list(self.texts),
             "images": images,
