@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from vlm.api.training import caption_shards as caption_shards
     from vlm.api.training import embed as embed
     from vlm.api.training import reinforce as reinforce
+    from vlm.api.training import scale as scale
     from vlm.api.training import soup as soup
     from vlm.api.training import train as train
     from vlm.cli.quickstart import quickstart as quickstart
@@ -90,6 +91,7 @@ __all__ = [
     "quickstart",
     "reinforce",
     "relate",
+    "scale",
     "score",
     "serve",
     "soup",
@@ -136,6 +138,7 @@ _MODULES: dict[str, str] = {
     "quickstart": "vlm.cli.quickstart",
     "reinforce": "vlm.api.training",
     "relate": "vlm.api.data",
+    "scale": "vlm.api.training",
     "score": "vlm.api.index_building",
     "serve": "vlm.server",
     "soup": "vlm.api.training",

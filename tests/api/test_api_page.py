@@ -68,6 +68,7 @@ SHOWN = {"json", "html", "files", "null", "open", "yes"}
 # options that a call has by another name, in its object, or not at all: what they say is shown or asked of people
 OTHERWISE = {
     "train": {"config": "settings"},
+    "scale": {"config": "settings"},
     "models": {"fetch": "vlm.fetch_model"},
     "runs compare": {"out": "RunComparison.draw"},
     "eval": {"models": "model"},

@@ -36,6 +36,7 @@ from vlm.train.presets import open_preset
 from vlm.train.run import RunSummary
 from vlm.train.run import train as train_run
 from vlm.train.run_config import TrainConfig, override
+from vlm.train.scaling import ScalingReport, measure_scaling
 from vlm.train.teacher_views import ViewGeometry
 
 
@@ -71,12 +72,7 @@ def train(
         VlmError: the run had to end; what it has saved is kept.
     """
     config = preset if isinstance(preset, TrainConfig) else open_preset(str(preset), resume=resume)
-    for name, value in (("data", data), ("val", val), ("val_other", settings.get("val_other"))):
-        if value is not None:
-            settings[name] = join_shards(value)
-    if run is not None:
-        settings["run"] = str(run)
-    job = _TrainJob(override(config, settings), resume=resume, allow=tuple(allow))
+    job = _TrainJob(_overridden(config, data, val, run, settings), resume=resume, allow=tuple(allow))
     _check_processes(processes)
     if processes == 1:
         return job.run()
@@ -88,6 +84,45 @@ def train(
     # what a check finds is said once, before any process starts
     job.config.check()
     return run_in_processes(_train_in_process, job, processes)[0]
+
+
+@os_errors_explained()
+def scale(
+    preset: str | Path | TrainConfig,
+    *,
+    data: Shards | None = None,
+    val: Shards | None = None,
+    run: str | Path | None = None,
+    shares: Sequence[float] = (0.125, 0.25, 0.5, 1.0),
+    seeds: int = 2,
+    metric: str = "text_to_image_recall@10",
+    hold: Literal["steps", "epochs"] = "steps",
+    **settings: Any,
+) -> ScalingReport:
+    """Forecast what more data would bring, as `vlm scale` does; repeat the call to go on, finished runs are read.
+
+    Args:
+        preset, data, val, settings: as of `train`. run: folder of all the runs, of scaling.json and scaling.png.
+        shares: sizes as shares of the shards. seeds: runs of each. metric: the score, of `vlm soup --metric`'s names.
+        hold: what all sizes have alike, the steps of the largest or the epochs.
+
+    Raises:
+        UsageError: too few sizes or runs for a fit, or a configuration that cannot work. VlmError: a run had to end.
+    """
+    config = preset if isinstance(preset, TrainConfig) else open_preset(str(preset))
+    config = _overridden(config, data, val, run, settings)
+    return measure_scaling(config, shares=shares, seeds=seeds, metric=metric, hold=hold)
+
+
+def _overridden(
+    config: TrainConfig, data: Shards | None, val: Shards | None, run: str | Path | None, settings: dict[str, Any]
+) -> TrainConfig:
+    for name, value in (("data", data), ("val", val), ("val_other", settings.get("val_other"))):
+        if value is not None:
+            settings[name] = join_shards(value)
+    if run is not None:
+        settings["run"] = str(run)
+    return override(config, settings)
 
 
 @dataclass(frozen=True)
