@@ -5,10 +5,10 @@
 
 Every size is a corpus of small JPEGs with captions of their own; each stage is a process of its own with one thread.
 CPU seconds of it and its children are fitted as start + work · size^power (1 is linear), which other programs disturb
-least; memory as a line. Loader and server must not need more memory for a larger corpus: shown are their peak of
-resident pages, and what does not come from files (of the loader's processes: shared pages counted once). Sizes go up
-as long as the minutes allow; what was left out is told, and nothing is extrapolated. With --keep, a run goes on where
-the last one ended, and 10^6 takes as many hours as it takes.
+least; memory as a line. Loader and server must not need more memory for a larger corpus: shown are the peak of their
+processes' resident pages, and those of them that are not of files at the end. Sizes go up as long as the minutes
+allow; what was left out is told, and nothing is extrapolated. With --keep, a run goes on where the last one ended, and
+10^6 takes as many hours as it takes.
 """
 
 import io
@@ -42,7 +42,7 @@ from vlm.files import write_text
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parts.measure_process import Side
-from parts.measure_server import peak_mb
+from parts.measure_server import anonymous_mb, peak_mb
 from parts.messages import say
 
 PARTS = Path(__file__).parent / "parts"
@@ -266,7 +266,7 @@ def _load(shards: Path, size: int, pixels: int) -> Costs:
     with Side(sys.executable, "vlm_loader.py", threads=1) as side:
         request = {"shards": [str(path) for path in sorted(shards.glob("*.tar"))], "size": pixels, "batch": batch}
         answer = side.ask(**request, workers=1, epochs=1, is_float=False)
-    memory = {"peak_mb": answer["peak_mb"], "own_mb": answer["memory_mb"][-1]}
+    memory = {"peak_mb": answer["peak_mb"], "own_mb": answer["anonymous_mb"]}
     return {"cpu_s": answer["cpu_s"], "seconds": answer["seconds"], **memory}
 
 
@@ -287,13 +287,11 @@ def _serve(index: Path) -> Costs:
             _search(url, f"sample number {number}")
         server = psutil.Process(process.pid)
         usage = server.cpu_times()
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        anonymous_kb = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:"))
         return {
             "cpu_s": usage.user + usage.system,
             "seconds": time.monotonic() - began,
             "peak_mb": peak_mb(server),
-            "own_mb": anonymous_kb * 1024 / 1e6,
+            "own_mb": anonymous_mb(server),
         }
     finally:
         process.terminate()

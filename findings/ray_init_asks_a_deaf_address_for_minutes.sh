@@ -37,6 +37,7 @@ printf 'one attempt:\n%s\n' "$once"
 seconds=$(sed -n 's/.*ConnectionError after \([0-9]*\) s/\1/p' <<<"$once")
 [ "$seconds" -ge 30 ]
 code=0
-timeout --kill-after=5 180 "$work/venv/bin/python" "$work/seen.py" 2>/dev/null || code=$?
-[ "$code" = 124 ]
+# it does not end at SIGTERM within seconds either
+{ timeout --signal=KILL 180 "$work/venv/bin/python" "$work/seen.py" || code=$?; } 2>/dev/null
+[ "$code" = 137 ]
 echo "as it is: still trying after 180 s"

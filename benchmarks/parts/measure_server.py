@@ -65,11 +65,20 @@ def memory_mb() -> float:
 
 def peak_mb(process: psutil.Process | None = None) -> float:
     """Sum of the largest resident memory of a process (this one) and of its children, in MB."""
+    # not the peak of getrusage, which has that of whoever started the process
+    return _sum_of("VmHWM:", process)
+
+
+def anonymous_mb(process: psutil.Process | None = None) -> float:
+    """Sum of what a process (this one) and its children hold that is not of files, in MB."""
+    return _sum_of("RssAnon:", process)
+
+
+def _sum_of(field: str, process: psutil.Process | None) -> float:
     root = process or psutil.Process()
     total = 0
     for one in (root, *root.children(recursive=True)):
         with contextlib.suppress(OSError):
             lines = Path(f"/proc/{one.pid}/status").read_text().splitlines()
-            # not the peak of getrusage, which has that of whoever started the process
-            total += next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+            total += next(int(line.split()[1]) for line in lines if line.startswith(field))
     return total * 1024 / 1e6

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from measure_server import memory_mb, peak_mb, serve, time_stream
+from measure_server import anonymous_mb, memory_mb, peak_mb, serve, time_stream
 
 from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.loader import stream_batches
@@ -21,9 +21,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     """Time the loader, or with `epochs` measure its memory after each epoch, its peak, seconds, CPU seconds."""
     if "epochs" in request:
         began, before = time.perf_counter(), _cpu_seconds()
-        memory, peak = memory_by_epoch(request)
-        spent = {"seconds": time.perf_counter() - began, "cpu_s": _cpu_seconds() - before}
-        return {"memory_mb": memory, "peak_mb": peak, **spent}
+        memory = memory_by_epoch(request)
+        return memory | {"seconds": time.perf_counter() - began, "cpu_s": _cpu_seconds() - before}
 
     def stream() -> Iterator[int]:
         for batch in _open(request, request["batches"]):
@@ -33,17 +32,18 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     return time_stream(stream, request)
 
 
-def memory_by_epoch(request: dict[str, Any]) -> tuple[list[float], float]:
-    """MB of all processes at the end of each epoch, and the sum of their peaks."""
+def memory_by_epoch(request: dict[str, Any]) -> dict[str, Any]:
+    """MB of all processes at the end of each epoch; after the last their peaks, and what is not of files."""
     samples = sum(count_samples(request["shards"]))
     ends = [-(-epoch * samples // request["batch"]) for epoch in range(1, request["epochs"] + 1)]
     found: list[float] = []
-    peak = 0.0
+    last: dict[str, float] = {}
     for number, _ in enumerate(_open(request, ends[-1]), 1):
         if number == ends[len(found)]:
             found.append(memory_mb())
-            peak = peak_mb()
-    return found, peak
+            # while the workers are still there
+            last = {"peak_mb": peak_mb(), "anonymous_mb": anonymous_mb()}
+    return {"memory_mb": found, **last}
 
 
 def _cpu_seconds() -> float:
