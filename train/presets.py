@@ -145,6 +145,26 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             epochs=10.0,
         ),
     ),
+    "emoji-lit": (
+        "names of 7,000 emoji drawings in twelve languages, read by n-grams over a frozen image tower (pip install "
+        "'vlm-pipeline[local-weights]')",
+        TrainConfig(
+            model=ModelConfig(
+                # n-grams of sub-words: names are read in parts that languages share
+                architecture=f"{_LOCAL_IMAGES}+ngram,width=512,table_size=131072@512",
+                image_size=224,
+                resize_mode="squash",
+                lock="image",
+                channels_last=True,
+            ),
+            loader=LoaderConfig(languages=_EMOJI_LANGUAGES, cache_features=True, crop_scale=(1.0, 1.0)),
+            objective=_REPEATED,
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
+            batch_size=512,
+            epochs=25.0,
+            val_captions_each=1,
+        ),
+    ),
     "cc3m": (
         "CLIP ViT-B/16 on CC3M for 40 epochs, as in SLIP",
         TrainConfig(
