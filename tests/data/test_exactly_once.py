@@ -118,7 +118,7 @@ sources = st.lists(
 )
 
 
-@settings(max_examples=24, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     drawn=sources,
     bad=st.sampled_from([0.0, 0.1, 0.4]),

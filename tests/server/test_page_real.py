@@ -106,6 +106,8 @@ def test_searching_scrolling_and_mixing(open_real, real_service, name):
     assert uids(page) == folded
 
 
+# a time, which a busy machine does not keep
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLES)
 def test_first_results_are_there_in_less_than_300_milliseconds(open_real, name):
     page = open_real(f"?index={name}")

@@ -88,7 +88,7 @@ def assert_processes_are_one(out, processes, cases, port, **parts):
 
 
 def test_two_processes_are_one_replicated_or_sharded(tmp_path, free_port):
-    assert_processes_are_one(tmp_path / "found.json", 2, ON_PROCESSES, free_port(), none=[1, 2, 4, 8], fsdp=[1, 2])
+    assert_processes_are_one(tmp_path / "found.json", 2, ON_PROCESSES, free_port(), none=[1, 4], fsdp=[2])
 
 
 def test_four_processes_are_one(tmp_path, free_port):
@@ -97,6 +97,8 @@ def test_four_processes_are_one(tmp_path, free_port):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
-def test_four_processes_are_one_for_every_objective(sharding, tmp_path, free_port):
-    assert_processes_are_one(tmp_path / "found.json", 4, ON_PROCESSES, free_port(), **{sharding: [1, 2, 4]})
+def test_processes_are_one_for_every_objective_and_split(sharding, processes, tmp_path, free_port):
+    parts = {sharding: [1, 2, 4, 8] if processes == 2 else [1, 2, 4]}
+    assert_processes_are_one(tmp_path / "found.json", processes, ON_PROCESSES, free_port(), **parts)
