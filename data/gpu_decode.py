@@ -137,7 +137,11 @@ def _header(jpeg: bytes) -> Iterator[tuple[int, int]]:
 
 def _has_end(jpeg: bytes) -> bool:
     """Whether a JPEG ends in the end mark; that of a thumbnail embedded in its header does not count."""
-    scan = max((offset for offset, marker in _header(jpeg) if marker == _SCAN), default=len(jpeg))
+    scan = len(jpeg)
+    for offset, marker in _header(jpeg):
+        # the header ends with it
+        if marker == _SCAN:
+            scan = offset
     return jpeg.rfind(_END, max(scan, len(jpeg) - _END_SEARCH_BYTES)) >= 0
 
 

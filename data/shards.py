@@ -164,7 +164,11 @@ def _shards_among(files: Sequence[str], folder: str) -> list[str]:
     names = {url_basename(file): file for file in files}
     if PROGRESS in names and MANIFEST not in names:
         raise UsageError(f"{folder} is unfinished: run the command that makes it again.")
-    shards = sorted(file for name, file in names.items() if is_shard(name) and not name.startswith("."))
+    shards: list[str] = []
+    for name, file in names.items():
+        if is_shard(name) and not name.startswith("."):
+            shards.append(file)
+    shards.sort()
     # a.tar next to a.tar.gz is most likely the same shard twice, whose samples would be seen twice an epoch
     num_with_stem = Counter(map(shard_stem, shards))
     for shard in shards:

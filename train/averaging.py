@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -428,11 +429,9 @@ def interpolate(
         for trunk in trunks:
             trunk.save()
     sweep = _mark_allowed(sweep, max_drift)
+    allowed = list(filter(attrgetter("is_allowed"), sweep))
     # max returns the first of equal values
-    best = max(
-        (point for point in sweep if point.is_allowed),
-        key=lambda point: -math.inf if point.metric is None else point.metric,
-    )
+    best = max(allowed, key=lambda point: -math.inf if point.metric is None else point.metric)
     ingredients = (
         Ingredient(model=start, fingerprint=builder.fingerprints[start], share=1 - best.alpha),
         Ingredient(model=tuned, fingerprint=builder.fingerprints[tuned], share=best.alpha),
@@ -442,7 +441,10 @@ def interpolate(
 
 
 def _mark_allowed(sweep: Sequence[PathPoint], max_drift: float) -> list[PathPoint]:
-    at_start = next((point.other for point in sweep if point.alpha == 0), None)
+    at_start: float | None = None
+    for point in sweep:
+        if point.alpha == 0:
+            at_start = point.other
     marked: list[PathPoint] = []
     for point in sweep:
         drift = 0.0 if at_start is None or point.other is None else at_start - point.other

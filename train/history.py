@@ -4,7 +4,6 @@ The held-out figures say when to stop, and whether a run learns its pairs by hea
 `metrics.jsonl`, so that a resumed run judges as one that was never interrupted.
 """
 
-import itertools
 import json
 import time
 import tomllib
@@ -105,7 +104,10 @@ class RunRecord:
 
     def best(self) -> Mapping[str, Any] | None:
         """The line with the best recall on val (text→image @10, then @1), None if none was measured."""
-        measured = [line for line in self.lines if line.keys() >= set(BEST_METRICS)]
+        measured: list[Mapping[str, Any]] = []
+        for line in self.lines:
+            if line.keys() >= set(BEST_METRICS):
+                measured.append(line)
         return max(measured, key=itemgetter(*BEST_METRICS), default=None)
 
     def measured(self) -> list[Mapping[str, Any]]:
@@ -164,9 +166,14 @@ def _is_run(folder: Path) -> bool:
 def _state(folder: Path, lines: Sequence[Mapping[str, Any]]) -> Literal["finished", "running", "stopped"]:
     if (folder / MANIFEST).is_file():
         return "finished"
+    pauses: list[float] = []
+    before: float | None = None
+    for line in lines:
+        if "seconds" in line:
+            if before is not None:
+                pauses.append(line["seconds"] - before)
+            before = line["seconds"]
     # no process id is kept: the run may be on another machine, and the folder on a shared disk
-    times = [line["seconds"] for line in lines if "seconds" in line]
-    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
     longest_pause = max(_RUNNING_SECONDS, _RUNNING_INTERVALS * median(pauses) if pauses else 0.0)
     silence = time.time() - (folder / METRICS).stat().st_mtime
     return "running" if silence < longest_pause else "stopped"

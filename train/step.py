@@ -177,8 +177,11 @@ def backward_with_gradient_caching(
     micro_batches: MicroBatches, terms: Sequence[WeightedLossTerm], options: LossOptions
 ) -> LossDict:
     """Add the gradient of the global batch to the weights; returns the detached, weighted losses."""
-    batch_level = [weighted for weighted in terms if weighted.term.batch_level]
-    sample_level = [weighted for weighted in terms if weighted.term.sample_level]
+    batch_level: list[WeightedLossTerm] = []
+    sample_level: list[WeightedLossTerm] = []
+    for weighted in terms:
+        # a term is one or the other
+        (batch_level if weighted.term.batch_level else sample_level).append(weighted)
     normalisers = _global_normalisers(micro_batches, sample_level, options)
     if micro_batches.count == 1:
         return _backward_in_one_pass(micro_batches, batch_level, sample_level, normalisers, options)

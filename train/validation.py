@@ -59,7 +59,11 @@ class StepModel(VisionLanguageModel):
     @classmethod
     def at_step(cls, model: VisionLanguageModel, step: int) -> "StepModel":
         """With the network of the model itself."""
-        values = {entry.name: getattr(model, entry.name) for entry in fields(model) if entry.init}
+        values: dict[str, Any] = {}
+        for entry in fields(model):
+            # what a model computes of itself is no argument
+            if entry.init:
+                values[entry.name] = getattr(model, entry.name)
         return cls(**values, step=step)
 
     @property

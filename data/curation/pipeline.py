@@ -300,8 +300,12 @@ def _check_scores_exist(configured: ConfiguredFilter, columns: ScoreColumns) -> 
 
 
 def _corrupt_by_reason(sample_table: SampleTable) -> dict[str, int]:
-    counts = sample_table.table.column("reason").value_counts().to_pylist()
-    return {count["values"]: count["counts"] for count in counts if count["values"]}
+    corrupt: dict[str, int] = {}
+    for count in sample_table.table.column("reason").value_counts().to_pylist():
+        # a usable sample has an empty reason
+        if count["values"]:
+            corrupt[count["values"]] = count["counts"]
+    return corrupt
 
 
 def _selection(sample_table: SampleTable, times: np.ndarray, lineage: tuple[dict[str, Any], ...]) -> Selection:

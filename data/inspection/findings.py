@@ -217,8 +217,10 @@ _MAX_VALUES = 8
 def contact_sheet(inspection: Inspection, *, title: str, provenance: Provenance | None = None) -> str:
     """The page: counts, damaged and unusable samples, histograms, metadata, and images with their captions."""
     languages = inspection.languages
-    # in one table: a trait must not overwrite the count of a format of the same name
-    traits = {name: count for name, count in inspection.traits.items() if name not in inspection.formats}
+    formats_and_modes = dict(inspection.formats)
+    for name, count in inspection.traits.items():
+        # in one table: a trait must not overwrite the count of a format of the same name
+        formats_and_modes.setdefault(name, count)
     return render(
         "contact_sheet.html",
         provenance=provenance,
@@ -227,7 +229,7 @@ def contact_sheet(inspection: Inspection, *, title: str, provenance: Provenance 
         num_captions=sum(language.captions for language in languages.values()),
         num_truncated=sum(language.cut for language in languages.values()),
         is_multilingual=len(languages) > 1 or any(code != UNNAMED for code in languages),
-        formats_and_modes=inspection.formats | traits,
+        formats_and_modes=formats_and_modes,
         max_records=_MAX_RECORDS,
         max_values=_MAX_VALUES,
     )

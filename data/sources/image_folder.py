@@ -42,7 +42,11 @@ class ClassFolderSource:
             raise UsageError(f"The template {template!r} has no {{}} for the class; an example: 'a photo of a {{}}.'")
         self._files = files
         self._template = template
-        inside = [name for name in image_names(files) if "/" in name]
+        inside: list[str] = []
+        for name in image_names(files):
+            # an image outside all folders has no class
+            if "/" in name:
+                inside.append(name)
         self._names = sorted(inside, key=lambda name: (PurePosixPath(name).name, name))
         self._keys = unique_image_keys(self._names)
 

@@ -262,6 +262,9 @@ class TableSource:
         return parse_captions(None, captions)
 
 
+_LOOKED_AT = 20
+
+
 def names_only_addresses(table: Table, options: SourceOptions) -> bool:
     """Whether the images of a table are still on the web: it has addresses in place of files."""
     column = options.image_column or _known_column(table.rows, IMAGE_COLUMNS)
@@ -269,9 +272,17 @@ def names_only_addresses(table: Table, options: SourceOptions) -> bool:
         return _known_column(table.rows, URL_COLUMNS) is not None
     if column not in table.rows.columns:
         return False
-    # the first names are enough to tell: a table lists files or addresses, not both
-    names = [name for name in table.rows.column(column) if name is not None][:20]
-    return bool(names) and all(isinstance(name, str) and is_web_address(name) for name in names)
+    num_addresses = 0
+    for name in table.rows.column(column):
+        if name is None:
+            continue
+        if not isinstance(name, str) or not is_web_address(name):
+            return False
+        num_addresses += 1
+        # the first names are enough to tell: a table lists files or addresses, not both
+        if num_addresses == _LOOKED_AT:
+            break
+    return num_addresses > 0
 
 
 def has_columns(table: Table, options: SourceOptions) -> bool:
