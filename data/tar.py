@@ -213,11 +213,7 @@ class TarIndex:
 
     def repeated_keys(self) -> list[str]:
         """The key of each sample that begins with a member whose name the sample before it has already."""
-        repeated: list[str] = []
-        for before, key in pairwise(self.sample_keys()):
-            if key == before:
-                repeated.append(key)
-        return repeated
+        return [key for before, key in pairwise(self.sample_keys()) if key == before]
 
     def sample_keys(self) -> list[str]:
         """The keys of all samples."""

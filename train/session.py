@@ -529,12 +529,10 @@ def count_micro_batches(config: TrainConfig, num_processes: int) -> int:
     local_batch_size = config.batch_size // num_processes
     size = min(config.micro_batch, local_batch_size)
     if local_batch_size % size:
-        # the largest that divides is the nearest to what was asked for
-        while local_batch_size % size:
-            size -= 1
+        divisors = [divisor for divisor in range(1, size + 1) if local_batch_size % divisor == 0]
         raise UsageError(
             f"micro_batch = {config.micro_batch} does not divide a process's {local_batch_size} samples of the batch "
-            f"of {config.batch_size}; try {size}."
+            f"of {config.batch_size}; try {max(divisors)}."
         )
     return local_batch_size // size
 
