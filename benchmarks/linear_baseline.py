@@ -32,7 +32,7 @@ from vlm.models.model import VisionLanguageModel
 from vlm.train.feature_cache import open_cached_features
 from vlm.train.presets import PRESETS
 from vlm.train.run_config import TrainConfig
-from vlm.train.session import build_model
+from vlm.train.run_setup import build_model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from vlm.config import suggest
 from vlm.data.shards import is_remote
-from vlm.data.sources.rows import TABLE_READERS, file_extension, read_rows
+from vlm.data.sources.table_rows import TABLE_READERS, file_extension, read_rows
 from vlm.errors import BadSample, UsageError
 from vlm.index.catalog import LATEST, Entry, digest_of, read_entries
 from vlm.index.engine_base import EngineCatalogue

@@ -35,7 +35,7 @@ from vlm.train.metrics import (
 from vlm.train.objectives.loss_term import Inputs
 from vlm.train.recovery import SkippedRange, skipped_sample_blocks
 from vlm.train.run_config import TrainConfig
-from vlm.train.session import Session
+from vlm.train.run_setup import Session
 from vlm.train.step import StepResult
 from vlm.train.task import example_inputs
 

@@ -23,7 +23,7 @@ from typing import TextIO, TypeVar
 import psutil
 
 from vlm.errors import VlmError
-from vlm.train.checkpoint.format import (
+from vlm.train.checkpoint.checkpoint_files import (
     CheckpointInfo,
     checkpoint_name,
     find_damage,

@@ -29,7 +29,7 @@ from vlm.models.model import VisionLanguageModel
 from vlm.models.model_spec import CHECKPOINTS, RUN_MODEL
 from vlm.results import Result
 from vlm.tensor_types import Tensor
-from vlm.train.checkpoint.format import EMA_WEIGHTS, checkpoint_name, find_damage, new_best
+from vlm.train.checkpoint.checkpoint_files import EMA_WEIGHTS, checkpoint_name, find_damage, new_best
 from vlm.train.checkpoint.manager import CheckpointSchedule, CheckpointWriter, any_across_processes
 from vlm.train.distributed import merge_ledgers, to_full_tensor, unsharded_weights
 from vlm.train.history import (
@@ -53,7 +53,7 @@ from vlm.train.plots import draw_curves
 from vlm.train.recipes import BandReport, compare_with_band, held_out_fingerprint
 from vlm.train.recovery import Watchdog, find_lost_worker, lost_worker_error, roll_back, should_roll_back
 from vlm.train.run_config import TrainConfig
-from vlm.train.session import CONFIG, Session, environment, open_remote_store, open_session
+from vlm.train.run_setup import CONFIG, Session, environment, open_remote_store, open_session
 from vlm.train.state import TrainState
 from vlm.train.step import train_step
 from vlm.train.validation import EvaluationClock

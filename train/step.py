@@ -31,7 +31,7 @@ from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Inputs, LossOptions, 
 from vlm.train.objectives.objective_registry import WeightedLossTerm, input_names
 from vlm.train.optim import learning_rate_at, set_learning_rate
 from vlm.train.recovery import SkippedStep, record_skipped_step
-from vlm.train.session import Session
+from vlm.train.run_setup import Session
 from vlm.train.step_inputs import MicroBatchInputs, sample_numbers
 
 LossDict = dict[str, Tensor]

@@ -15,7 +15,7 @@ import torch
 from vlm.data.collate import TrainingBatch
 from vlm.train.logger import RunLogger
 from vlm.train.run_config import LoaderConfig, ModelConfig, ObjectiveConfig, TrainConfig
-from vlm.train.session import Session, open_session
+from vlm.train.run_setup import Session, open_session
 from vlm.train.step import compute_gradients, train_step
 
 Row = dict[str, Any]

@@ -14,8 +14,13 @@ from typing import Any
 from measure_server import serve
 
 from vlm.train.run_config import LoaderConfig, ModelConfig, ObjectiveConfig, TrainConfig
-from vlm.train.session import open_session
 from vlm.train.step import train_step
+
+try:
+    from vlm.train.run_setup import open_session
+except ImportError:
+    # the name of the module in checkouts before 2026-11-29
+    from vlm.train.session import open_session  # pyright: ignore[reportMissingImports]
 
 _WARM_UP = 3
 _ENDLESS = 1_000_000

@@ -25,7 +25,7 @@ from vlm.models.model import normalise
 from vlm.train.logger import RunLogger
 from vlm.train.optim import build_optimizer
 from vlm.train.run_config import LoaderConfig, ModelConfig, OptimizerConfig, TrainConfig
-from vlm.train.session import Session, open_session
+from vlm.train.run_setup import Session, open_session
 from vlm.train.step import train_step
 
 _WARM_UP = 2

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from vlm.config import suggest
 from vlm.data.samples import Captions
-from vlm.data.sources.rows import exact_value
+from vlm.data.sources.table_rows import exact_value
 from vlm.errors import UsageError, VlmError
 from vlm.index.ann.faiss_search import load_faiss
 from vlm.index.embeddings_folder import PARTS_JSONL, Modality, Origin

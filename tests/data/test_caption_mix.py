@@ -136,7 +136,7 @@ def test_captions_are_part_of_what_a_run_is_resumed_with(shards, sidecar):
 
 
 def test_a_training_configuration_opens_them(shards, sidecar):
-    from vlm.train.session import open_training_corpus, resolve_shard_cache
+    from vlm.train.run_setup import open_training_corpus, resolve_shard_cache
 
     loader = LoaderConfig(captions_from=str(sidecar), caption_mix=0.25)
     config = TrainConfig(data=str(shards), run="run", loader=loader)

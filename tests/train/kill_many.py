@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from tests import preloaded
-from vlm.train.checkpoint.format import find_damage, list_checkpoints
+from vlm.train.checkpoint.checkpoint_files import find_damage, list_checkpoints
 from vlm.train.history import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ DEADLINE_SECONDS = 600.0
 
 SLOWED = """
 import sys, time
-from vlm.train.checkpoint import format as checkpoint_files
+from vlm.train.checkpoint import checkpoint_files
 def slow(real):
     def call(*args, **more):
         time.sleep({pause})

@@ -11,7 +11,7 @@ from vlm.data.shard_cache import default_cache
 from vlm.data.shards import expand_shards
 from vlm.errors import UsageError
 from vlm.train.run import train
-from vlm.train.session import open_training_corpus
+from vlm.train.run_setup import open_training_corpus
 
 
 @pytest.fixture

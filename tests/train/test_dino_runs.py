@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tests import preloaded
 from tests.train.test_processes import command, environment
 from tests.train.test_run import assert_same_weights, interrupt_after
-from vlm.train.checkpoint.format import HEADS, list_checkpoints
+from vlm.train.checkpoint.checkpoint_files import HEADS, list_checkpoints
 from vlm.train.history import read_metrics
 from vlm.train.run import train
 

@@ -20,7 +20,7 @@ from vlm.errors import UsageError
 from vlm.models.load import load_model
 from vlm.models.model import normalise
 from vlm.train.run import train
-from vlm.train.session import open_session
+from vlm.train.run_setup import open_session
 
 
 @pytest.fixture(scope="module")

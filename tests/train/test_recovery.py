@@ -10,7 +10,7 @@ import torch
 from tests.train.checkpoint.small_state import small_state, step
 from vlm.data.sample_ledger import Ledger
 from vlm.errors import VlmError
-from vlm.train.checkpoint.format import CheckpointInfo, list_checkpoints, state_tensors
+from vlm.train.checkpoint.checkpoint_files import CheckpointInfo, list_checkpoints, state_tensors
 from vlm.train.checkpoint.manager import CheckpointSchedule, CheckpointWriter, restore_newest
 from vlm.train.loss_guard import skip_reason
 from vlm.train.recovery import (

@@ -11,7 +11,7 @@ from vlm.api.data import train_tokenizer
 from vlm.errors import UsageError, VlmError
 from vlm.manifest import read_manifest
 from vlm.models.load import WEIGHTS, load_model
-from vlm.train.checkpoint.format import EMA_WEIGHTS, list_checkpoints
+from vlm.train.checkpoint.checkpoint_files import EMA_WEIGHTS, list_checkpoints
 from vlm.train.run import train
 
 

@@ -116,7 +116,7 @@ def load_writer(folder: Path) -> Any:
 
 
 def build_fresh(config: Any) -> Any:
-    from vlm.train.session import build_model
+    from vlm.train.run_setup import build_model
 
     return build_model(config, torch.device("cpu")).network
 

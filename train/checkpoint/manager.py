@@ -27,7 +27,7 @@ from vlm.data.sample_ledger import Ledger
 from vlm.errors import UsageError, VlmError
 from vlm.models.load import WEIGHTS
 from vlm.storage import Retry, RetryPolicy, describe_error, is_remote, local_path, open_system, protocol_of
-from vlm.train.checkpoint.format import (
+from vlm.train.checkpoint.checkpoint_files import (
     AVERAGES,
     BEST,
     EMA_WEIGHTS,

@@ -19,7 +19,7 @@ def make_state() -> Callable[..., TrainState]:
 @pytest.fixture
 def tensors() -> Callable[[TrainState], dict[str, Any]]:
     """A function from a state to copies of all its tensors by file and name."""
-    from vlm.train.checkpoint.format import state_tensors
+    from vlm.train.checkpoint.checkpoint_files import state_tensors
 
     return lambda state: {
         f"{file}:{name}": tensor.clone() for file, held in state_tensors(state).items() for name, tensor in held.items()

@@ -12,7 +12,7 @@ from vlm.data.sample_ledger import Ledger
 from vlm.errors import UsageError, VlmError
 from vlm.models.load import WEIGHTS
 from vlm.train.checkpoint import manager
-from vlm.train.checkpoint.format import (
+from vlm.train.checkpoint.checkpoint_files import (
     BestCheckpoint,
     CheckpointInfo,
     find_damage,

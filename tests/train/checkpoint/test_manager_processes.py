@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.train.checkpoint.small_state import small_state, step
 from vlm.data.sample_ledger import Ledger
-from vlm.train.checkpoint.format import list_checkpoints
+from vlm.train.checkpoint.checkpoint_files import list_checkpoints
 from vlm.train.checkpoint.manager import CheckpointWriter, restore_newest
 
 

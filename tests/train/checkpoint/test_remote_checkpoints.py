@@ -11,7 +11,7 @@ from tests.train.checkpoint.small_state import small_state, step
 from vlm.data.sample_ledger import Ledger
 from vlm.errors import UsageError, VlmError
 from vlm.storage import RetryPolicy
-from vlm.train.checkpoint.format import list_checkpoints
+from vlm.train.checkpoint.checkpoint_files import list_checkpoints
 from vlm.train.checkpoint.manager import CheckpointWriter, RemoteCheckpointStore, restore_newest
 from vlm.train.state import BestCheckpoint
 

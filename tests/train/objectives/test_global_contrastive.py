@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.train.test_run import interrupt_after
-from vlm.train.checkpoint.format import AVERAGES, list_checkpoints
+from vlm.train.checkpoint.checkpoint_files import AVERAGES, list_checkpoints
 from vlm.train.objectives.global_contrastive import (
     IMAGE_AVERAGE,
     INNER_RATE,

@@ -13,11 +13,11 @@ from vlm.errors import UsageError
 from vlm.manifest import read_manifest
 from vlm.models.load import load_model
 from vlm.train.run import train
-from vlm.train.session import open_session, prepare_run_folder
+from vlm.train.run_setup import open_session, prepare_run_folder
 
 PAGE_FAULTS = """
 import resource, torch
-from vlm.train.session import keep_freed_memory
+from vlm.train.run_setup import keep_freed_memory
 is_kept = keep_freed_memory()
 for _ in range(3):
     torch.ones(8 << 20)

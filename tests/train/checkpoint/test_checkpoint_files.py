@@ -18,7 +18,7 @@ import torch
 from tests.train.checkpoint.small_state import small_state, step
 from vlm.data.sample_ledger import Ledger
 from vlm.errors import VlmError
-from vlm.train.checkpoint.format import find_damage, list_checkpoints
+from vlm.train.checkpoint.checkpoint_files import find_damage, list_checkpoints
 from vlm.train.checkpoint.manager import CheckpointWriter
 
 def fill(folder, left):
