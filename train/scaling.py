@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 SCALING_FILE = "scaling.json"
 _PARAMETERS = 3
-_LEAST_SIZES = 4
+_LEAST_SIZES = 5
 _EXPONENTS = np.linspace(0.05, 2.0, 391)
 _RESAMPLES = 1000
 _INTERVAL = (2.5, 97.5)
@@ -67,7 +67,10 @@ class PowerLaw:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """The score of one more run with so many samples, and its 95% prediction interval."""
+    """The score of one more run with so many samples, and its 95% prediction interval.
+
+    It holds the forecasts of the fits that leave out one size, too: how far the law depends on each of them.
+    """
 
     samples: int
     score: float
@@ -109,7 +112,7 @@ class ScalingReport(Result):
 def measure_scaling(
     config: TrainConfig,
     *,
-    shares: Sequence[float] = (0.125, 0.25, 0.5, 1.0),
+    shares: Sequence[float] = (0.0625, 0.125, 0.25, 0.5, 1.0),
     seeds: int = 2,
     metric: str = "text_to_image_recall@10",
     hold: Literal["steps", "epochs"] = "steps",
@@ -121,15 +124,10 @@ def measure_scaling(
     `epochs` gives each its own number, so that compute grows with the data.
 
     Raises:
-        UsageError: too few sizes or runs for a fit, or settings that do not go with it. VlmError: a run had to end.
+        UsageError: too few sizes for a fit, or settings that do not go with it. VlmError: a run had to end.
     """
     parse_metric(metric)
     sizes = _nested_subsets(config, shares)
-    if (len(sizes) - 1) * seeds <= _PARAMETERS:
-        raise UsageError(
-            f"{len(sizes) - 1} sizes below the largest with {seeds} runs each leave nothing to judge a fit of "
-            f"{_PARAMETERS} parameters by; give more --seeds or --shares."
-        )
     folder = Path(config.run)
     points: list[ScalingPoint] = []
     whole = count_samples(sizes[-1])
@@ -266,22 +264,43 @@ def _fit(
     samples = np.array([point.samples for point in points], np.float64)
     errors = 1 - np.array([point.score for point in points], np.float64)
     unit = float(samples.max())
-    best = _least_squares(samples / unit, errors[None])
-    floor, amplitude, exponent = (float(best[name][0]) for name in ("floor", "amplitude", "exponent"))
-    law = PowerLaw(floor=floor, amplitude=amplitude, exponent=exponent, unit=unit)
+    law = _law(samples, errors, unit)
     fitted = 1 - np.array([law.score(number) for number in samples])
     # a fit of three parameters lies nearer to its points than the truth does
     residuals = (errors - fitted) * np.sqrt(len(errors) / (len(errors) - _PARAMETERS))
     resampled = fitted + rng.choice(residuals, (_RESAMPLES, len(errors)))
     laws = _least_squares(samples / unit, resampled)
+    laws_without: list[PowerLaw] = []
+    for size in np.unique(samples):
+        others = samples != size
+        laws_without.append(_law(samples[others], errors[others], unit))
     forecasts: list[Forecast] = []
     for target in targets:
         drawn = laws["floor"] + laws["amplitude"] * (target / unit) ** -laws["exponent"]
         # the spread of one more run, too
         scores = 1 - drawn - rng.choice(residuals, _RESAMPLES)
         low, high = np.percentile(scores, _INTERVAL)
-        forecasts.append(Forecast(samples=target, score=law.score(target), low=float(low), high=float(high)))
+        # residuals tell the spread of seeds; that the law bends shows where a size is left out
+        left_out = [other.score(target) for other in laws_without]
+        forecasts.append(
+            Forecast(
+                samples=target,
+                score=law.score(target),
+                low=min(float(low), *left_out),
+                high=max(float(high), *left_out),
+            )
+        )
     return forecasts, law, laws["exponent"]
+
+
+def _law(samples: Float[Array, " N"], errors: Float[Array, " N"], unit: float) -> PowerLaw:
+    best = _least_squares(samples / unit, errors[None])
+    return PowerLaw(
+        floor=float(best["floor"][0]),
+        amplitude=float(best["amplitude"][0]),
+        exponent=float(best["exponent"][0]),
+        unit=unit,
+    )
 
 
 def _least_squares(sizes: Float[Array, " N"], errors: Float[Array, "B N"]) -> dict[str, Float[Array, " B"]]:

@@ -93,7 +93,7 @@ def scale(
     data: Shards | None = None,
     val: Shards | None = None,
     run: str | Path | None = None,
-    shares: Sequence[float] = (0.125, 0.25, 0.5, 1.0),
+    shares: Sequence[float] = (0.0625, 0.125, 0.25, 0.5, 1.0),
     seeds: int = 2,
     metric: str = "text_to_image_recall@10",
     hold: Literal["steps", "epochs"] = "steps",

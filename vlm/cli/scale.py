@@ -30,8 +30,8 @@ class Scale:
     preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
     """Preset, TOML file, run folder, or open_clip architecture."""
 
-    shares: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
-    """Sizes as shares of the shards; four different ones or more."""
+    shares: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
+    """Sizes as shares of the shards; five different ones or more."""
 
     seeds: int = 2
     """Runs of each size, with the seeds --seed, --seed + 1, …"""
