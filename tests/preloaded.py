@@ -167,7 +167,7 @@ def run_ranks(args: Sequence[str], *, processes: int, port: int, env: Mapping[st
     ]
     errors: list[str] = []
     for process in started:
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=1200)
         assert process.returncode == 0, err
         errors.append(err)
     return errors
