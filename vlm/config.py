@@ -50,7 +50,7 @@ Config = TypeVar("Config")
 _LIKE = 0.6
 
 
-def suggest(name: str, known: list[str]) -> str:
+def suggest(name: str, known: Sequence[str]) -> str:
     """A hint with the known name nearest to `name`, or all of them if none is near.
 
     >>> suggest("learning_rat", ["learning_rate", "steps"])

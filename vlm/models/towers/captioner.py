@@ -103,7 +103,9 @@ class WordTower(TextTower):
         self.ln_final = nn.Identity()
         self.head = nn.Linear(config.width, embed_dim, bias=False)
 
-    def forward(self, tokens: Int64[Tensor, "B L"]) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B L W"]]:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, tokens: Int64[Tensor, "B L"]
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B L W"]]:
         """Vectors of the joint space, not normalised, and the states a decoder continues from."""
         states = self.token_embedding(tokens)
         pooled = pool_states(states, text_mask(tokens, self.pad_id), "mean")

@@ -327,7 +327,9 @@ class PromptedTower(TextTower):
         # a buffer, so that it is part of state_dict and of the fingerprint
         self.register_buffer("language_model_digest", torch.tensor(list(digest.encode()), dtype=torch.uint8))
 
-    def forward(self, tokens: Int64[Tensor, "B L"]) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B L C"]]:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, tokens: Int64[Tensor, "B L"]
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B L C"]]:
         """Vectors of the joint space, not normalised, and the words' embeddings."""
         states = self.language_model.embed(tokens)
         pooled = pool_states(states, text_mask(tokens, self.pad_id), "mean")
