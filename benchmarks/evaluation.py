@@ -28,7 +28,7 @@ import tyro
 
 from vlm.cli.main import print_error
 from vlm.console import show_json, show_table
-from vlm.errors import VlmError
+from vlm.errors import UsageError, VlmError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parts.clip_benchmark_sets import CLASSIFICATION, DATASETS, RETRIEVAL, write_sets
@@ -104,6 +104,11 @@ def _measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
     python = own_python(arguments.cache.expanduser() / "bench-clip-benchmark", (*CLIP_BENCHMARK, *same_torch()))
     model = folder / "model"
     if arguments.model:
+        if not (arguments.model / "open_clip_config.json").is_file():
+            raise UsageError(
+                f"{arguments.model} is no model folder of open_clip (it has no open_clip_config.json), which "
+                "CLIP_benchmark needs. Make one: vlm export MODEL OUT."
+            )
         shutil.copytree(arguments.model, model)
     else:
         _train(folder, model, arguments.steps)
