@@ -13,7 +13,8 @@ from vlm.index.catalog import Catalogue
 from vlm.index.embeddings_folder import find_non_unit_rows, normalize_rows
 from vlm.index.index_files import IndexDetails
 from vlm.index.metadata import metadata_fields
-from vlm.index.reader import IndexSnapshot, open_snapshot, read_map
+from vlm.index.reader import IndexSnapshot, open_snapshot
+from vlm.index.row_map import read_map
 from vlm.index.segments import SegmentReader
 from vlm.index.writer import strays
 from vlm.manifest import Manifest, read_manifest

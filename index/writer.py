@@ -52,7 +52,8 @@ from vlm.index.index_files import (
     tombstones_file,
     version_file,
 )
-from vlm.index.reader import IndexSnapshot, open_snapshot, write_map
+from vlm.index.reader import IndexSnapshot, open_snapshot
+from vlm.index.row_map import write_map
 from vlm.index.segments import SegmentReader, SegmentView, WrittenSegment, write_segment
 from vlm.manifest import MANIFEST, FileRecord, Manifest, read_manifest, record_file, write_manifest
 from vlm.tensor_types import Array, Float, Float32, Int64

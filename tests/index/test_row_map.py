@@ -13,8 +13,8 @@ from vlm.cli.main import main
 from vlm.errors import UsageError, VlmError
 from vlm.index.embeddings_folder import normalize_rows
 from vlm.index.index_files import MapRecord
-from vlm.index.map_layout import lay_out
-from vlm.index.reader import MOST_PLACED, Index, RowMap
+from vlm.index.reader import Index
+from vlm.index.row_map import MOST_PLACED, RowMap, lay_out
 from vlm.index.verify import check_index
 from vlm.index.writer import IndexWriter
 
@@ -115,7 +115,7 @@ def test_a_new_row_lies_where_its_like_are_and_a_deleted_one_vanishes(make_index
 
 def test_more_new_rows_than_a_reader_places_are_counted(make_index: MakeIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MOST_PLACED >= 1000
-    monkeypatch.setattr("vlm.index.reader.MOST_PLACED", 3)
+    monkeypatch.setattr("vlm.index.row_map.MOST_PLACED", 3)
     folder = with_circle(make_index(20))
     with IndexWriter(folder) as writer:
         writer.add(make_batch(5, 1))

@@ -19,7 +19,8 @@ from vlm.index.build import build_index
 from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter, Origin, normalize_rows
 from vlm.index.engine_writer import InsertBatch
 from vlm.index.index_files import MapRecord
-from vlm.index.reader import Index, RowMap
+from vlm.index.reader import Index
+from vlm.index.row_map import RowMap
 from vlm.index.verify import check_index
 from vlm.index.writer import IndexWriter
 

@@ -16,8 +16,8 @@ from vlm.errors import UsageError, os_errors_explained
 from vlm.index.encoder import Encoder
 from vlm.index.engine_base import EngineCatalogue, IndexInfo, row_numbers
 from vlm.index.engines import check_index, open_writer, require_faiss
-from vlm.index.map_layout import SAMPLE
 from vlm.index.metadata import check_json
+from vlm.index.row_map import SAMPLE
 from vlm.results import Result
 from vlm.service.query import Query
 from vlm.service.query_encoder import Backend, query_loader
@@ -431,7 +431,7 @@ class SearchIndex:
             UsageError: umap-learn is not installed, sample or seed is out of range, or the index has no rows.
         """
         from vlm.index.index_files import MapRecord
-        from vlm.index.map_layout import METHOD, lay_out
+        from vlm.index.row_map import METHOD, lay_out
 
         require_faiss(self.folder, "A map")
         started = time.perf_counter()

@@ -26,7 +26,8 @@ from vlm.index.embeddings_folder import UNKNOWN
 from vlm.index.engine_base import row_numbers
 from vlm.index.facets import FieldSummary, ValueCount
 from vlm.index.metadata import metadata_fields
-from vlm.index.reader import IndexSnapshot, RowMap
+from vlm.index.reader import IndexSnapshot
+from vlm.index.row_map import RowMap
 from vlm.server.schemas import MAX_WORDS, ExplainRequest, MapRequest, decode_data_url, encode_data_url
 from vlm.service.images import read_image_bytes, thumbnail
 from vlm.service.query import Query
