@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -39,6 +40,7 @@ from vlm.cli.main import print_error
 from vlm.console import show_json, show_table
 from vlm.errors import VlmError
 from vlm.files import write_text
+from vlm.manifest import MANIFEST
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parts.measure_process import Side
@@ -51,6 +53,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("pack", "load", "embed", "build", "search", "serve", "caption")
 GOALS = {"pack": 1.05, "load": 1.05, "embed": 1.05, "caption": 1.05}
 _NEEDS = {"load": "pack", "embed": "pack", "caption": "pack", "build": "embed", "search": "build", "serve": "build"}
+_OUTPUTS = {"pack": "shards", "embed": "embeddings", "build": "index", "caption": "captions"}
 _START_RUNS = 3
 _SHARE_OF_A_STAGE = 0.4
 _HARDLY_MORE = 1.25
@@ -153,7 +156,11 @@ def _run_all(arguments: Arguments, folder: Path, runs: Runs, ends: float) -> dic
                 left_out.setdefault(stage, []).append(size)
                 continue
             say(f"{size:,} samples: {stage} …")
-            runs.add(stage, size, _run_stage(arguments, folder / f"{size}-{number}", size, stage))
+            place = folder / f"{size}-{number}"
+            # what a stage that was interrupted has left would be resumed, and only the rest be counted
+            if stage in _OUTPUTS:
+                shutil.rmtree(place / _OUTPUTS[stage], ignore_errors=True)
+            runs.add(stage, size, _run_stage(arguments, place, size, stage))
     return left_out
 
 
@@ -195,8 +202,9 @@ def _interval(value: float, error: float, freedom: int) -> list[float]:
 
 def _make_models(arguments: Arguments, folder: Path) -> None:
     """A tiny CoCa after one step, which embeds and captions."""
-    if (folder / "run").is_dir():
+    if (folder / "run" / MANIFEST).is_file():
         return
+    shutil.rmtree(folder / "run", ignore_errors=True)
     source = _corpus(folder, 1_000, arguments.pixels)
     words = ["train", "tiny-coca", "--data", str(source), "--tokenizer", "clip", "--run", str(folder / "run")]
     _vlm([*words, "--steps", "1", "--batch-size", "32"])

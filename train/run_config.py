@@ -615,10 +615,14 @@ _JUDGED = frozenset(
 )
 
 
+FREE_OF_SCORES = FREE_ON_RESUME - _JUDGED
+"""Those that have no influence on the score of a run either."""
+
+
 def free_on_resume(config: TrainConfig) -> frozenset[str]:
     """The keys that may change when this run is resumed: evaluations that stop it or draw it back have an influence."""
     judges = config.safety.early_stop or config.safety.max_drift
-    return FREE_ON_RESUME - _JUDGED if judges else FREE_ON_RESUME
+    return FREE_OF_SCORES if judges else FREE_ON_RESUME
 
 
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -14,16 +14,19 @@ from typing import Literal
 
 import numpy as np
 
+from vlm.config import from_toml
 from vlm.data.shards import count_samples, expand_shards, join_shards
 from vlm.errors import UsageError
 from vlm.files import write_text
+from vlm.manifest import MANIFEST
 from vlm.results import Result
 from vlm.tensor_types import Array, Float
 from vlm.train.averaging import parse_metric
 from vlm.train.history import CONFIG, read_run
 from vlm.train.plots import draw_scaling
 from vlm.train.run import train
-from vlm.train.run_config import TrainConfig, changed_settings
+from vlm.train.run_config import FREE_OF_SCORES, TrainConfig, changed_settings, disallowed_changes
+from vlm.train.run_setup import resolve_shard_cache
 
 logger = logging.getLogger(__name__)
 
@@ -127,14 +130,17 @@ def measure_scaling(
         UsageError: too few sizes for a fit, or settings that do not go with it. VlmError: a run had to end.
     """
     parse_metric(metric)
+    _check(config, shares, seeds)
     sizes = _nested_subsets(config, shares)
     folder = Path(config.run)
     points: list[ScalingPoint] = []
-    whole = count_samples(sizes[-1])
+    loader = config.loader
+    counts = count_samples(sizes[-1], allow_damage=loader.allow_damage, cache=resolve_shard_cache(loader))
     for shards in sizes:
-        samples = sum(count_samples(shards))
+        # the smaller sizes are the first shards of the largest
+        samples = sum(counts[: len(shards)])
         for number in range(seeds):
-            subset = _subset_config(config, shards, samples / sum(whole), seed=config.seed + number, hold=hold)
+            subset = _subset_config(config, shards, samples / sum(counts), seed=config.seed + number, hold=hold)
             points.append(_measure(subset, metric, shards=len(shards), samples=samples))
             logger.info(f"{samples:,} samples, seed {subset.seed}: {metric} {points[-1].score:.1%}")
     report = fit_scaling(points, metric=metric, hold=hold)
@@ -143,14 +149,20 @@ def measure_scaling(
     return report
 
 
-def _nested_subsets(config: TrainConfig, shares: Sequence[float]) -> list[list[str]]:
-    """The shards of each size, the smallest first; each holds all of the one before.
+def _check(config: TrainConfig, shares: Sequence[float], seeds: int) -> None:
+    """Refuse, before a shard is read, what no fit can be made of.
 
     Raises:
-        UsageError: a share is out of range, or too few of them differ in whole shards.
+        UsageError: naming it.
     """
-    if not config.run:
-        raise UsageError("The runs need a folder; name it (--run).")
+    config.check()
+    if seeds < 1:
+        raise UsageError(f"--seeds {seeds} gives no runs; give 1 or more, and 2 to see their spread.")
+    if config.safety.early_stop:
+        raise UsageError(
+            f"--early-stop {config.safety.early_stop} ends runs at lengths of their own, which --hold is to keep "
+            "alike; leave it out."
+        )
     if not config.val:
         raise UsageError("A scaling fit is of a score on held-out data; name its shards (--val).")
     if config.data.endswith(".toml"):
@@ -158,6 +170,14 @@ def _nested_subsets(config: TrainConfig, shares: Sequence[float]) -> list[list[s
     for share in shares:
         if not 0 < share <= 1:
             raise UsageError(f"--shares {share:g} is not a share of the shards; give numbers above 0, up to 1.")
+
+
+def _nested_subsets(config: TrainConfig, shares: Sequence[float]) -> list[list[str]]:
+    """The shards of each size, the smallest first; each begins with those of the one before.
+
+    Raises:
+        UsageError: too few of the shares differ in whole shards.
+    """
     shards = expand_shards(config.data)
     # files may be sorted by what they hold, and a prefix of them would be another kind of data
     order = [shards[index] for index in np.random.default_rng(0).permutation(len(shards))]
@@ -203,12 +223,13 @@ def _subset_config(
 def _measure(config: TrainConfig, metric: str, *, shards: int, samples: int) -> ScalingPoint:
     """Train, or go on with, or read a run."""
     folder = Path(config.run)
-    is_begun = (folder / CONFIG).is_file()
-    if not is_begun or read_run(folder).state != "finished":
+    # the manifest is written last; a run that was cut off while it computed features has its configuration alone
+    if not (folder / MANIFEST).is_file():
         # resuming refuses another configuration
-        train(config, resume=is_begun)
+        train(config, resume=(folder / CONFIG).is_file())
     record = read_run(folder)
-    changed = changed_settings(record.configuration, asdict(replace(config, run=record.configuration["run"])))
+    differences = changed_settings(asdict(from_toml(TrainConfig, folder / CONFIG)), asdict(config))
+    changed = disallowed_changes(differences, (), free=FREE_OF_SCORES)
     if changed:
         raise UsageError(
             f"{folder} is a run with other settings ({'; '.join(changed)}), whose score would not belong to this fit; "

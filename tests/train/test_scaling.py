@@ -27,6 +27,10 @@ def small_shards(tmp_path_factory):
     return str(folder)
 
 
+def interrupt(*arguments, **options):
+    raise KeyboardInterrupt
+
+
 def points_of(law, sizes=(500, 1000, 2000, 4000, 8000), seeds=3, noise=0.003):
     rng = np.random.default_rng(5)
     points = []
@@ -76,6 +80,13 @@ def test_scores_that_do_not_grow_are_a_flat_line():
 def test_runs_on_nested_subsets_are_trained_once_and_read_again(configure, scene_shards, small_shards, capsys):
     config = configure("scaling", data=small_shards, val=str(scene_shards / "val"), steps=5, batch_size=8)
     settings = {"shares": (0.2, 0.4, 0.6, 0.8, 1.0), "seeds": 1, "metric": "recall@10", "hold": "epochs"}
+    # a run that was cut off while its features were computed has its configuration alone
+    interrupted = Path(config.run, "shards-1-seed-0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vlm.train.run.RunLogger", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            vlm.scale(config, **settings)
+    assert [file.name for file in interrupted.iterdir()] == ["config.toml"]
     report = vlm.scale(config, **settings)
     assert [point.samples for point in report.points] == [8, 16, 24, 32, 40]
     assert [point.steps for point in report.points] == [1, 2, 3, 4, 5]
@@ -101,6 +112,9 @@ def test_runs_on_nested_subsets_are_trained_once_and_read_again(configure, scene
     assert json.loads(capsys.readouterr().out) == report.to_json()
     assert main(["--quiet", "scale", report.points[-1].run, *words]) == 0
     assert report.verdict() in capsys.readouterr().out.replace("\n", " ")
+    # what touches no score may change
+    assert main(["--quiet", "scale", report.points[-1].run, *words, "--log-every", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == report.to_json()
     assert main(["--quiet", "scale", report.points[-1].run, *words, "--learning-rate", "1e-4"]) == 2
     assert "other settings (optimizer.learning_rate: 0.003" in capsys.readouterr().err
 
@@ -111,6 +125,7 @@ def test_runs_on_nested_subsets_are_trained_once_and_read_again(configure, scene
         ((0.5, 1.0), 2, "2 different sizes"),
         ((0.2, 0.4, 0.6, 0.8, 1.5), 2, "1.5 is not a share"),
         ((0.2, 0.4, 0.6, 1.0), 2, "4 different sizes"),
+        ((0.2, 0.4, 0.6, 0.8, 1.0), 0, "--seeds 0 gives no runs"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_before_anything_is_trained(
@@ -120,5 +135,9 @@ def test_what_cannot_be_fitted_is_refused_before_anything_is_trained(
     with pytest.raises(UsageError, match=message):
         vlm.scale(config, shares=shares, seeds=seeds)
     with pytest.raises(UsageError, match="--val"):
-        vlm.scale(replace(config, val=""), shares=shares, seeds=seeds)
+        vlm.scale(replace(config, val=""), shares=shares)
+    with pytest.raises(UsageError, match="--data is needed"):
+        vlm.scale(replace(config, data=""), shares=shares)
+    with pytest.raises(UsageError, match="--early-stop 2 ends runs"):
+        vlm.scale(replace(config, safety=replace(config.safety, early_stop=2, keep_best="recall@10")), shares=shares)
     assert not Path(config.run).exists()

@@ -1,7 +1,8 @@
-"""Shards to runs, embeddings and captions: `vlm.train`, `soup`, `reinforce`, `embed`, `caption_shards`."""
+"""Shards to runs, embeddings and captions: `vlm.train`, `scale`, `soup`, `reinforce`, `embed`, `caption_shards`."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -111,7 +112,14 @@ def scale(
     """
     config = preset if isinstance(preset, TrainConfig) else open_preset(str(preset))
     config = _overridden(config, data, val, run, settings)
-    return measure_scaling(config, shares=shares, seeds=seeds, metric=metric, hold=hold)
+    world_size = ProcessRank.from_environment().world_size
+    if world_size > 1:
+        raise UsageError(
+            f"This is one of {world_size} processes, each of which would fit and write; start vlm scale alone, after "
+            "training its larger runs with vlm train under a launcher, if they need several processes."
+        )
+    with _memory_error_explained(config, "repeat the command with it and another --run"):
+        return measure_scaling(config, shares=shares, seeds=seeds, metric=metric, hold=hold)
 
 
 def _overridden(
@@ -132,14 +140,19 @@ class _TrainJob:
     allow: tuple[str, ...]
 
     def run(self) -> RunSummary:
-        try:
+        with _memory_error_explained(self.config, "go on with --resume --allow micro_batch"):
             return train_run(self.config, resume=self.resume, allow=self.allow)
-        except torch.OutOfMemoryError as error:
-            raise VlmError(
-                f"A step of {self.config.batch_size} samples does not fit into the memory of the device; what was "
-                "saved is kept. Give a smaller --micro-batch, which changes no gradient, and go on with --resume "
-                "--allow micro_batch."
-            ) from error
+
+
+@contextlib.contextmanager
+def _memory_error_explained(config: TrainConfig, how_to_go_on: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise VlmError(
+            f"A step of {config.batch_size} samples does not fit into the memory of the device; what was saved is "
+            f"kept. Give a smaller --micro-batch, which changes no gradient, and {how_to_go_on}."
+        ) from error
 
 
 def _train_in_process(job: _TrainJob) -> RunSummary:
