@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from vlm.errors import UsageError, VlmError
 
 if TYPE_CHECKING:
-    from vlm.api.data import build_concepts as build_concepts
-    from vlm.api.data import curate as curate
+    from vlm.api.curation import build_concepts as build_concepts
+    from vlm.api.curation import curate as curate
+    from vlm.api.curation import inspect as inspect
     from vlm.api.data import doctor as doctor
-    from vlm.api.data import inspect as inspect
     from vlm.api.data import relate as relate
     from vlm.api.data import stream as stream
     from vlm.api.data import train_tokenizer as train_tokenizer
@@ -111,13 +111,13 @@ _MODULES: dict[str, str] = {
     "Hit": "vlm.api.index",
     "Model": "vlm.api.inference",
     "SearchIndex": "vlm.api.index",
-    "build_concepts": "vlm.api.data",
+    "build_concepts": "vlm.api.curation",
     "build_index": "vlm.api.index_building",
     "caption_metrics": "vlm.api.evaluation",
     "caption_shards": "vlm.api.training",
     "check_index": "vlm.api.index_building",
     "compare_runs": "vlm.api.runs",
-    "curate": "vlm.api.data",
+    "curate": "vlm.api.curation",
     "doctor": "vlm.api.data",
     "embed": "vlm.api.training",
     "evaluate": "vlm.api.evaluation",
@@ -129,7 +129,7 @@ _MODULES: dict[str, str] = {
     "fit_head": "vlm.api.index_building",
     "fit_reranker": "vlm.api.index_building",
     "import_embeddings": "vlm.api.index_building",
-    "inspect": "vlm.api.data",
+    "inspect": "vlm.api.curation",
     "list_models": "vlm.api.local_models",
     "list_runs": "vlm.api.runs",
     "load": "vlm.api.inference",

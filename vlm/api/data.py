@@ -1,11 +1,7 @@
-"""Shards to what training needs of them: `vlm.stream`, `vlm.train_tokenizer`, `vlm.build_concepts`, `vlm.relate`,
-`vlm.inspect`, `vlm.curate`, `vlm.doctor`.
-"""
+"""Shards to what training needs of them: `vlm.stream`, `vlm.train_tokenizer`, `vlm.relate`, `vlm.doctor`."""
 
-import logging
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -14,39 +10,30 @@ from vlm.config import number_list, text_list
 from vlm.data.caption_sampler import CaptionSampler
 from vlm.data.collate import EvalCollator, TrainingBatch, TrainingCollator
 from vlm.data.corpus import MIXTURE_SUFFIX, Source, open_corpus, read_sources
-from vlm.data.curation.caption_filters import ConceptLimits, ConceptSummary, TextLines
-from vlm.data.curation.caption_filters import build_concepts as write_concepts
 from vlm.data.pack import shards_at
 from vlm.data.sample_relations import SUFFIX as RELATIONS_SUFFIX
 from vlm.data.sample_relations import RelationsSummary, relate_samples, write_relations
 from vlm.data.sampler import DEFAULT_WINDOW, BatchSampler, SequentialBatches
-from vlm.data.selection import Selection, read_selection, write_selection
+from vlm.data.selection import read_selection
 from vlm.data.shards import Shards, count_samples, expand_shards, join_shards, shards_fingerprint
-from vlm.data.tokenizer_training import TokenizerSummary, read_captions
+from vlm.data.tokenizer_training import TokenizerSummary
 from vlm.data.tokenizer_training import train_tokenizer as train_on_shards
 from vlm.data.tokenizers import Tokenizer, open_tokenizer
 from vlm.data.transforms import CLIP_MEAN, CLIP_STD, EvalTransform, RandomResizedCrop
 from vlm.errors import UsageError, os_errors_explained
-from vlm.files import check_parent_exists, compute_fingerprint, json_text, write_text
+from vlm.files import check_parent_exists, compute_fingerprint
 from vlm.index.curation_scores import ScoreWriter
 from vlm.index.embed import ProcessRank
 from vlm.index.embeddings_folder import Embeddings
 from vlm.models.load import load_model
-from vlm.ray_engine import Engine, RayCluster, check_engine
 from vlm.results import Result, json_values
 
 # imported where they are used: a stream needs none of them
 if TYPE_CHECKING:
     from vlm.api.inference import Model
     from vlm.data.bottleneck_report import BottleneckReport
-    from vlm.data.curation.pipeline import CurationResult
-    from vlm.data.inspection.findings import Inspection
     from vlm.data.profiling import PipelineProfile, ProfileSetup, Stage
     from vlm.models.model import VisionLanguageModel
-
-logger = logging.getLogger(__name__)
-
-TEXT_SUFFIX = ".txt"
 
 
 @os_errors_explained()
@@ -63,49 +50,7 @@ def train_tokenizer(
         UsageError: `out` exists, or the shards hold no captions.
     """
     urls = shards_at(join_shards(shards))
-    return train_on_shards(urls, Path(out), vocabulary=vocabulary, languages=tuple(languages))
-
-
-@os_errors_explained()
-def build_concepts(
-    corpus: Shards,
-    out: str | Path,
-    *,
-    min_count: int = 100,
-    min_pmi: float = 5.0,
-    max_bigrams: int = 0,
-    titles: str | Path | None = None,
-    wordnet: str | Path | None = None,
-    case: Literal["fold", "keep"] = "fold",
-    languages: Sequence[str] = (),
-) -> ConceptSummary:
-    """Write a list of concepts for the filter `balance` of `vlm curate`, as `vlm concepts` does.
-
-    Args:
-        corpus: shards, whose captions are read, or a text file ending in .txt, a text a line.
-        out: JSON list to write. min_count: least occurrences of a word or a pair of words. min_pmi: least pointwise
-            mutual information of a pair in bits. max_bigrams: most pairs, 0 for all.
-        titles: a file of titles, one a line. wordnet: a folder of WordNet's database.
-        case: `fold` lower-cases everything. languages: of the captions; empty takes all.
-
-    Raises:
-        UsageError: `out` exists, a number is out of range, a source cannot be read, or no concept is left.
-    """
-    limits = ConceptLimits(min_count=min_count, min_pmi=min_pmi, max_bigrams=max_bigrams, folds_case=case == "fold")
-    address = join_shards(corpus)
-    if address.endswith(TEXT_SUFFIX):
-        if not Path(address).is_file():
-            raise UsageError(f"There is no text file {address}.")
-        texts = TextLines(Path(address))
-    else:
-        texts = read_captions(shards_at(address), tuple(languages))
-    return write_concepts(
-        texts,
-        Path(out),
-        limits,
-        titles=Path(titles) if titles else None,
-        wordnet=Path(wordnet) if wordnet else None,
-    )
+    return train_on_shards(urls, Path(out), vocabulary=vocabulary, languages=tuple(text_list(languages, "languages")))
 
 
 @os_errors_explained()
@@ -139,7 +84,12 @@ def relate(
     check_parent_exists(path)
     # opened before the scan, which takes longer
     nearest = ScoreWriter(Embeddings.open(Path(embeddings))).neighbours(neighbours) if embeddings else None
-    relations = relate_samples(shards_at(join_shards(shards)), languages=languages, images=images, workers=workers)
+    relations = relate_samples(
+        shards_at(join_shards(shards)),
+        languages=tuple(text_list(languages, "languages")),
+        images=images,
+        workers=workers,
+    )
     if nearest is not None:
         relations = relations.with_neighbours(*nearest)
     write_relations(path, relations)
@@ -150,198 +100,6 @@ def relate(
         grouped_samples=relations.grouped_samples,
         neighbours=relations.num_neighbours,
     )
-
-
-SELECTION_SUFFIX = ".selection"
-
-Paths = str | Path | Sequence[str | Path]
-"""A file or several."""
-
-
-@os_errors_explained()
-def inspect(
-    shards: Shards,
-    *,
-    sample: int | None = None,
-    selection: str | Path | None = None,
-    tokenizer: str | Path = "",
-    context_length: int | None = None,
-    near_limit: int = 100_000,
-    workers: int = 0,
-    html: str | Path | None = None,
-) -> "Inspection":
-    """What shards hold, with all that is corrupt, damaged or there twice, as `vlm inspect` finds it.
-
-    Args:
-        sample: inspect at most so many samples, evenly spread. selection: only those of a file of `vlm.curate`.
-        tokenizer: count tokens, too: clip, a SentencePiece .model file, or a tokenizer folder.
-        context_length: report captions with more tokens; None uses that of the tokenizer.
-        near_limit: search for near-duplicate images among at most so many samples.
-        html: write a page with histograms and images to this file.
-
-    Raises:
-        UsageError: nothing is there, a number is out of range, or the folder of `html` does not exist.
-        VlmError: none of the shards can be read.
-    """
-    from vlm.data.inspection.findings import contact_sheet
-    from vlm.data.inspection.inspection import inspect_shards
-    from vlm.pages import Provenance
-
-    # before the scan, whose result would be lost
-    if html:
-        check_parent_exists(Path(html))
-    address = join_shards(shards)
-    inspection = inspect_shards(
-        shards_at(address),
-        sample=sample,
-        workers=workers,
-        selection=read_selection(Path(selection)) if selection else None,
-        tokenizer=str(tokenizer),
-        context_length=context_length,
-        near_limit=near_limit,
-    )
-    if html:
-        write_text(Path(html), contact_sheet(inspection, title=address, provenance=Provenance.current()))
-        logger.info(f"Page: {html}")
-    return inspection
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurationSummary(Result):
-    """A selection that was made.
-
-    out: its file, None of a dry run. kept: distinct samples; visits: of an epoch. corrupt: samples that cannot be used,
-    by reason. lineage: each step with its counts. curated: the filters as they were applied, before other selections.
-    """
-
-    out: str | None
-    samples: int
-    kept: int
-    visits: int
-    corrupt: dict[str, int]
-    fingerprint: str
-    lineage: tuple[dict[str, Any], ...]
-    curated: "CurationResult" = field(repr=False)
-
-    def to_json(self) -> dict[str, Any]:
-        """What `vlm curate --json` prints; a dry run has no `out`."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "curated"}
-        if self.out is None:
-            del values["out"]
-        return json_values(values)
-
-
-@os_errors_explained()
-def curate(
-    shards: Shards,
-    out: str | Path,
-    *,
-    filter: str | Sequence[str] = (),
-    and_: Paths = (),
-    minus: Paths = (),
-    plus: Paths = (),
-    weight: float = 1.0,
-    columns: Paths = (),
-    seed: int = 0,
-    workers: int = 1,
-    engine: Engine = "local",
-    ray_address: str | None = None,
-    allow_damage: bool = False,
-    dry_run: bool = False,
-    html: str | Path | None = None,
-    report: str | Path | None = None,
-) -> CurationSummary:
-    """Filter, deduplicate and balance samples into a selection, as `vlm curate` does; the shards stay unchanged.
-
-    Args:
-        out: file to write, ending in .selection, for `vlm.train(…, selection=out)` and `vlm.stream`.
-        filter: filters in their order, each as `size:min=200` (docs/cli.md has all).
-        and_: then intersect with these selections, whose repeat counts multiply. minus: subtract these.
-        plus: add the repeat counts of these. weight: multiply all repeat counts by this.
-        columns: score files, or folders of them, of `vlm.score`.
-        engine, ray_address: as of `vlm.embed`; a Ray cluster scans with `workers` processes.
-        allow_damage: curate the intact samples of truncated shards.
-        dry_run: write no selection.
-        html: write a page with kept and dropped images of each filter to this file.
-        report: write the steps, and the counts of each balanced concept or cluster, as JSON to this file.
-
-    Raises:
-        UsageError: `out` exists or has another suffix, a filter does not exist or lacks its scores, or a number is out
-            of range.
-        VlmError: a shard is damaged.
-    """
-    from vlm.data.curation.filter import parse_filter
-    from vlm.data.curation.pipeline import FILTERS, compose_selections
-    from vlm.data.curation.pipeline import curate as apply_filters
-    from vlm.data.curation.score_columns import ScoreColumns
-
-    _check_curation({"seed": seed, "workers": workers, "weight": weight}, Path(out), (html, report), dry_run=dry_run)
-    filters = [parse_filter(text, FILTERS) for text in text_list(filter, "filter")]
-    # read before the long scan, which a selection that cannot be read would waste
-    intersect = list(map(read_selection, _paths(and_)))
-    subtract = list(map(read_selection, _paths(minus)))
-    added = list(map(read_selection, _paths(plus)))
-    check_engine(engine, ray_address)
-    address = join_shards(shards)
-    # a process more at least, where locally 0 scans in this one
-    cluster = RayCluster(processes=max(workers, 1), address=ray_address, uses_gpus=False)
-    curated = apply_filters(
-        expand_shards(address),
-        filters,
-        columns=ScoreColumns(_paths(columns)),
-        seed=seed,
-        workers=workers,
-        allow_damage=allow_damage,
-        cluster=cluster if engine == "ray" else None,
-    )
-    selection = compose_selections(
-        curated.selection,
-        intersect=intersect,
-        subtract=subtract,
-        plus=added,
-        weight=weight,
-        seed=seed,
-    )
-    _write_curation_pages(curated, selection, f"Curation of {address}", html, report)
-    if not dry_run:
-        write_selection(Path(out), selection)
-    counts = curated.summary(selection)
-    return CurationSummary(out=None if dry_run else str(out), **counts, lineage=selection.lineage, curated=curated)
-
-
-def _paths(paths: Paths) -> list[Path]:
-    return [Path(paths)] if isinstance(paths, str | Path) else list(map(Path, paths))
-
-
-def _check_curation(numbers: dict[str, float], out: Path, pages: Sequence[str | Path | None], *, dry_run: bool) -> None:
-    """Refuse, before the long scan, outputs that cannot be written and numbers out of range."""
-    for name, value in numbers.items():
-        if not 0 <= value < math.inf:
-            raise UsageError(f"{name} = {value} is outside its range; give a number from 0 on.")
-    for page in pages:
-        if page:
-            check_parent_exists(Path(page))
-    if out.suffix != SELECTION_SUFFIX:
-        raise UsageError(f"{str(out)!r} must end in {SELECTION_SUFFIX}, e.g. {out.with_suffix(SELECTION_SUFFIX)}")
-    if dry_run:
-        return
-    if out.exists():
-        raise UsageError(f"{out} exists already, and runs may depend on it; remove it or choose another name.")
-    check_parent_exists(out)
-
-
-def _write_curation_pages(
-    curated: "CurationResult", selection: Selection, title: str, html: str | Path | None, report: str | Path | None
-) -> None:
-    from vlm.data.curation.pipeline import render_curation_report
-    from vlm.pages import Provenance
-
-    if html:
-        write_text(Path(html), render_curation_report(curated, title=title, provenance=Provenance.current()))
-        logger.info(f"Page: {html}")
-    if report:
-        write_text(Path(report), json_text(curated.report(selection), indent=1) + "\n")
-        logger.info(f"Report: {report}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,8 +133,8 @@ def doctor(
     Times are medians of a few repeats: run nothing else on the machine.
 
     Args:
-        model: MODEL as for `vlm.load`, or a model; it sets image size and tokenizer. Without one the stages up to the
-            device are measured.
+        model: MODEL as for `vlm.load`, or a model, whose device and precision then count; it sets image size and
+            tokenizer. Without one the stages up to the device are measured.
         workers: numbers of worker processes to try; a script that starts some runs under `if __name__ == "__main__"`.
         samples: how many to measure with.
         size: of images in pixels; None uses that of the model, or 224. tokenizer: if there is no model.
@@ -386,7 +144,7 @@ def doctor(
             that of the model.
         VlmError: a shard is damaged, or no sample can be used.
     """
-    from vlm.api.inference import encoder_of
+    from vlm.api.inference import encoder_of, precision_name
     from vlm.data.bottleneck_report import find_bottleneck
     from vlm.data.profiling import profile_pipeline
     from vlm.models.load import choose_device
@@ -411,7 +169,7 @@ def doctor(
         device=accelerator_name(place),
         # on a CPU the model and the workers compete, so that their rates do not add up
         shares_cores=place.type == "cpu",
-        precision=precision,
+        precision=precision if network is None else precision_name(network),
         measure_compute=measure_compute,
     )
     return PipelineDiagnosis(profile=profile, report=find_bottleneck(profile))
@@ -517,7 +275,7 @@ def stream(
     view, texts_to_tokens = _view_and_tokenizer(model, image_size, tokenizer, mean, std)
     if transform == "training":
         crop = RandomResizedCrop(size=view.size, scale=crop_scale, flip=flip, interpolation=view.interpolation)
-        draw = CaptionSampler(languages=tuple(languages))
+        draw = CaptionSampler(languages=tuple(text_list(languages, "languages")))
         sources = _read_sources(shards, selection, captions_from, caption_mix)
         corpus = open_corpus(sources, seed=seed, window=shuffle_window, allow_damage=allow_damage)
         plan = BatchSampler(
@@ -537,7 +295,7 @@ def stream(
         plan=_sequential(urls, selection, batch_size // share.world_size, allow_damage=allow_damage),
         collate=EvalCollator(view=view),
         tokenizer=texts_to_tokens,
-        languages=tuple(languages),
+        languages=tuple(text_list(languages, "languages")),
         share=share,
         sequence=_sequence(urls, selection),
     )

@@ -195,15 +195,16 @@ def evaluate(
     explainers = _explainers(models, opening, out) if heat_maps else []
     if suite is not None:
         return _evaluate_suite(models, str(suite), _Folders.of(data_root, out, features), opening, explainers)
+    languages = tuple(text_list(languages, "languages"))
     evaluated = opening.open(models[0], FeatureCache(), needs_network=bool(request.captions))
     sets: dict[str, EvaluationSet] = {}
     measurements: list[Measurement] = []
     for evaluator, data in request.evaluations(
-        retrieval=Retrieval(languages=tuple(languages), captions_each=captions_each),
+        retrieval=Retrieval(languages=languages, captions_each=captions_each),
         zero_shot=_zero_shot(class_names, text_list(templates, "templates"), class_descriptions),
         label=label,
         scene_captions=CaptionAccuracy(prompt=prompt),
-        caption_metrics=CaptionMetrics(prompt=prompt, languages=tuple(languages), meteor=meteor),
+        caption_metrics=CaptionMetrics(prompt=prompt, languages=languages, meteor=meteor),
     ):
         measurement = evaluator.run(evaluated, data)
         if isinstance(evaluator, Rejection) and out is not None:

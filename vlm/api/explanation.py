@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vlm.api.image_batches import ImageLike, name_images, read_batches
 from vlm.api.inference import Model, load
+from vlm.config import text_list
 from vlm.errors import UsageError, os_errors_explained
 from vlm.files import write_bytes
 from vlm.tensor_types import Array, Float32, UInt8
@@ -206,7 +207,7 @@ def explain(
     # cosines that are shown stay those of the texts, whatever the maps are against
     directions = rows.clone()
     if against:
-        directions = directions - encoder.embed_texts(list(against)).mean(dim=0)
+        directions = directions - encoder.embed_texts(text_list(against, "against")).mean(dim=0)
 
     pixels = normalise(torch.from_numpy(view).to(encoder.device), encoder.view)
     if method == "auto":

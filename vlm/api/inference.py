@@ -472,6 +472,13 @@ def encoder_of(
     return _load_by_torch(str(model), device=device, precision=precision)
 
 
+def precision_name(model: "VisionLanguageModel") -> Literal["fp32", "bf16"]:
+    """That of a model that is loaded already, whatever a call asked for."""
+    import torch
+
+    return "fp32" if model.precision == torch.float32 else "bf16"
+
+
 def encoder_to_measure(
     model: str | Path,
     *,

@@ -67,6 +67,8 @@ def export(
         UsageError: there is no such model, it cannot be exported, or the options do not fit together.
         VlmError: the embeddings differ, or recall falls too far; nothing is written.
     """
+    if to not in ("open-clip", "onnx"):
+        raise UsageError(f"to = {to!r} is unknown; give open-clip or onnx.")
     spec = str(model)
     if to == "open-clip":
         if out is None or precision != "float32" or evaluate:

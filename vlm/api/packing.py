@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vlm.config import text_list
 from vlm.data.pack import PackConfig, PackSummary
 from vlm.data.pack import pack as pack_source
 from vlm.data.sources.source import SceneOptions, SourceKind, SourceOptions
@@ -83,7 +84,7 @@ def pack(
         hold_out=hold_out,
         seed=seed,
         max_bad_share=max_bad,
-        languages=tuple(languages),
+        languages=tuple(text_list(languages, "languages")),
         verify=verify,
     )
     opened, recognition = recognise_source(str(source), options)

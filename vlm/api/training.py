@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from vlm.api.inference import Model
-from vlm.config import text_list
+from vlm.api.inference import Model, precision_name
+from vlm.config import number_list, text_list
 from vlm.data.pack import shards_at
 from vlm.data.selection import read_selection
 from vlm.data.shards import Shards, expand_shards, join_shards, shards_fingerprint
@@ -73,7 +73,9 @@ def train(
         VlmError: the run had to end; what it has saved is kept.
     """
     config = preset if isinstance(preset, TrainConfig) else open_preset(str(preset), resume=resume)
-    job = _TrainJob(_overridden(config, data, val, run, settings), resume=resume, allow=tuple(allow))
+    job = _TrainJob(
+        _overridden(config, data, val, run, settings), resume=resume, allow=tuple(text_list(allow, "allow"))
+    )
     _check_processes(processes)
     if processes == 1:
         return job.run()
@@ -119,7 +121,7 @@ def scale(
             "training its larger runs with vlm train under a launcher, if they need several processes."
         )
     with _memory_error_explained(config, "repeat the command with it and another --run"):
-        return measure_scaling(config, shares=shares, seeds=seeds, metric=metric, hold=hold)
+        return measure_scaling(config, shares=number_list(shares, "shares"), seeds=seeds, metric=metric, hold=hold)
 
 
 def _overridden(
@@ -246,11 +248,10 @@ def soup(
         VlmError: a model has diverged.
     """
     names = [str(models)] if isinstance(models, str | Path) else list(map(str, models))
-    method = _soup_method(len(names), greedy=greedy, weights=weights, interpolate=interpolate)
-    _check_soup_measures(method, val, val_other, alphas, max_drift)
-    # read for its error alone: a misspelt metric must not show after the models are loaded
-    parse_metric(metric)
+    method = _soup_method(len(names), greedy=greedy, weights=number_list(weights, "weights"), interpolate=interpolate)
+    _check_soup_measures(method, metric, val, val_other, number_list(alphas, "alphas"), max_drift)
     check_not_exists(Path(out))
+    languages = tuple(text_list(languages, "languages"))
     # the choice of ingredients depends on the held-out shards as well
     inputs: dict[str, str] = {}
     measures: dict[str, Measure] = {}
@@ -259,7 +260,7 @@ def soup(
             shards = expand_shards(join_shards(held_out))
             inputs[name] = shards_fingerprint(shards)
             measures[name] = retrieval_measure(
-                metric, shards, languages=tuple(languages), captions_each=captions_each, workers=workers
+                metric, shards, languages=languages, captions_each=captions_each, workers=workers
             )
     mean = build_soup(
         names,
@@ -307,8 +308,10 @@ def _soup_method(
 
 
 def _check_soup_measures(
-    method: str, val: Shards, val_other: Shards, alphas: Sequence[float], max_drift: float
+    method: str, metric: str, val: Shards, val_other: Shards, alphas: Sequence[float], max_drift: float
 ) -> None:
+    # read for its error alone: a misspelt metric must not show after the models are loaded
+    parse_metric(metric)
     if len(alphas) and method != "interpolation":
         raise UsageError("alphas are of an interpolation: give the base of the one model as interpolate.")
     if val_other and not (method == "interpolation" and val):
@@ -468,7 +471,7 @@ def embed(
         model = model.encoder
     if isinstance(model, VisionLanguageModel):
         # the folder notes what its rows were computed in
-        precision = "fp32" if model.precision == torch.float32 else "bf16"
+        precision = precision_name(model)
     job = _EmbedJob(
         model=str(model) if isinstance(model, str | Path) else model,
         shards=join_shards(shards),
@@ -539,7 +542,7 @@ def caption_shards(
         model = model.encoder
     if isinstance(model, VisionLanguageModel):
         # what the captions depend on is the model that is there, not the argument
-        precision = "fp32" if model.precision == torch.float32 else "bf16"
+        precision = precision_name(model)
     url = join_shards(shards)
     job = _CaptionJob(
         model=str(model) if isinstance(model, str | Path) else model,

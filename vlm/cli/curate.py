@@ -11,7 +11,7 @@ from vlm.cli.options import EngineOption, JsonOption, RayAddressOption, ShardsAr
 from vlm.console import quoted, show_fields, show_json, show_table, spaced_names
 
 if TYPE_CHECKING:
-    from vlm.api.data import CurationSummary
+    from vlm.api.curation import CurationSummary
     from vlm.index.curation_scores import ScoreColumn
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Curate:
 
     def run(self) -> None:
         """Curate, compose, write, and show the steps."""
-        from vlm.api.data import curate
+        from vlm.api.curation import curate
 
         summary = curate(**call_options(self))
         if self.json:
@@ -140,7 +140,7 @@ class BuildConcepts:
 
     def run(self) -> None:
         """Build, show."""
-        from vlm.api.data import build_concepts
+        from vlm.api.curation import build_concepts
 
         summary = build_concepts(**call_options(self))
         if self.json:

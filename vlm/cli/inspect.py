@@ -47,7 +47,7 @@ class Inspect:
 
     def run(self) -> None:
         """Inspect, show, and list what is damaged."""
-        from vlm.api.data import inspect
+        from vlm.api.curation import inspect
 
         inspection = inspect(**call_options(self))
         if self.json:

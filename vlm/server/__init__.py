@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlm.config import text_list
 from vlm.console import read_text
 from vlm.errors import UsageError, os_errors_explained
 
@@ -79,7 +80,7 @@ def serve(
         requests_per_second=rate,
         max_batch=max_batch,
         workers=workers,
-        cors_origins=tuple(cors),
+        cors_origins=tuple(text_list(cors, "cors")),
     )
     if not is_loopback(host) and not read_tokens:
         logger.warning(f"{host} is open to other machines and there is no token: everyone there may search.")

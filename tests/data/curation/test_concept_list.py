@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from vlm.api.data import build_concepts
+from vlm.api.curation import build_concepts
 from vlm.cli.main import main
 from vlm.data.curation.caption_filters import (
     ConceptLimits,
