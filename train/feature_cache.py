@@ -300,7 +300,6 @@ def _embed_texts(model: VisionLanguageModel, captions: Sequence[str]) -> np.ndar
 _BYTES_IN_GB = 1_000_000_000
 # of a tower: pooled features of 50,000 images, or of 170,000 captions
 _EVALUATED_BYTES = 256_000_000
-_AT_ONCE = 32
 _DIGEST_BYTES = 16
 
 
@@ -359,7 +358,7 @@ class LockedFeatures:
         self._trunk.eval()
         computed: list[Tensor] = []
         # all images of an evaluation's batch at once would take gigabytes for activations
-        for part in pixels.split(_AT_ONCE):
+        for part in pixels.split(_IMAGES_AT_ONCE):
             maps = self._compute(part)
             if not isinstance(maps, Tensor):
                 raise UsageError("This image tower gives several maps; leave out --locked-features-gb.")

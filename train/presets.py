@@ -32,7 +32,7 @@ _MUON = OptimizerConfig(
 _REPEATED = ObjectiveConfig(same_pairs="positive")
 # a shared space over frozen towers whose weights packages of the index carry (the extra local-weights)
 LOCAL_WEIGHTS = ("package:efficientnet-lite2", "package:all-minilm-l6-v2")
-"""The weights of the preset lit-local."""
+"""Packages of the weights that the presets of frozen towers begin with: the image tower's, the text tower's."""
 _LOCAL_IMAGES = f"timm:tf_efficientnet_lite2,initial_weights={LOCAL_WEIGHTS[0]},residual=1024,head_dropout=0.3"
 _LOCAL_TOWERS = f"{_LOCAL_IMAGES}+hf:{LOCAL_WEIGHTS[1]},residual=1024,head_dropout=0.3@512"
 _EMOJI_LANGUAGES = ("en", "de", "es", "fr", "nl", "pl", "pt", "ru", "ar", "ja", "ko", "zh")

@@ -81,7 +81,7 @@ def test_a_model_adds_its_stages_and_the_call_gives_what_the_verb_prints(
     assert calls[0] == calls[1]
     with pytest.raises(vlm.UsageError, match="omit size = 8"):
         vlm.doctor(train, fresh_run, size=8)
-    with pytest.raises(vlm.UsageError, match="give numbers from 0 on"):
+    with pytest.raises(vlm.UsageError, match="give whole numbers from 0 on"):
         vlm.doctor(train, tokenizer=scene_tokenizer, workers=[-1])
 
 
@@ -97,9 +97,10 @@ def test_people_see_a_bar_for_each_stage_and_the_verdict(capsys, scene_shards, s
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--workers", "two"], "give numbers from 0 on"),
-        (["--workers", "-1"], "give numbers from 0 on"),
-        (["--workers", ""], "give numbers from 0 on"),
+        (["--workers", "two"], "is not a list of numbers"),
+        (["--workers", "0.5"], "give whole numbers from 0 on"),
+        (["--workers", "-1"], "give whole numbers from 0 on"),
+        (["--workers", ""], "give whole numbers from 0 on"),
         (["--samples", "4", "--batch-size", "8"], "must hold a batch"),
         (["--size", "0"], "size = 0 pixels show nothing"),
         (["--size", "-3"], "size = -3 pixels show nothing"),

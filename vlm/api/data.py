@@ -151,8 +151,9 @@ def doctor(
     from vlm.models.throughput import accelerator_name, measure_copy, measure_model
 
     numbers = sorted(set(number_list(workers, "workers")))
-    if not numbers or numbers[0] < 0:
-        raise UsageError(f"workers = {numbers}: give numbers from 0 on, as 0, 1, 2.")
+    if not numbers or numbers[0] < 0 or any(number != int(number) for number in numbers):
+        raise UsageError(f"workers = {numbers}: give whole numbers from 0 on, as 0, 1, 2.")
+    numbers = list(map(int, numbers))
     # a model that is loaded already lies where it lies
     place = choose_device(device) if isinstance(model, str | Path) else encoder_of(model).device
     if place.type not in ("cpu", "cuda"):

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.cli.options import DeviceOption, JsonOption, PrecisionOption, ShardsArgument, call_options
+from vlm.cli.options import DeviceOption, JsonOption, PrecisionOption, ShardsArgument, call_options, parse_numbers
 from vlm.console import bar, show_fields, show_json, show_table
-from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.data.bottleneck_report import BottleneckReport
@@ -52,23 +51,11 @@ class Doctor:
         """Profile, find the bottleneck, show both."""
         from vlm.api.data import doctor
 
-        diagnosis = doctor(**call_options(self, workers=_parse_workers(self.workers)))
+        diagnosis = doctor(**call_options(self, workers=parse_numbers(self.workers, "--workers")))
         if self.json:
             show_json(diagnosis)
         else:
             show_diagnosis(diagnosis.profile, diagnosis.report)
-
-
-def _parse_workers(text: str) -> tuple[int, ...]:
-    """Numbers of workers from "0,1,2".
-
-    Raises:
-        UsageError: something in it is not a number from 0 on.
-    """
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words or not all(map(str.isdecimal, words)):
-        raise UsageError(f"--workers {text!r}: give numbers from 0 on, separated by commas, as 0,1,2.")
-    return tuple(map(int, words))
 
 
 def show_diagnosis(profile: "PipelineProfile", report: "BottleneckReport") -> None:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 
+from vlm.errors import UsageError
+
 # Modules of verbs import torch, FAISS and the package's layers inside `run`: --help and mistakes answer at once.
 
 
@@ -24,6 +26,18 @@ def call_options(verb: Any, **parsed: Any) -> dict[str, Any]:
     """
     options = {field.name: getattr(verb, field.name) for field in fields(verb) if field.name != "json"}
     return options | parsed
+
+
+def parse_numbers(text: str, option: str) -> tuple[float, ...]:
+    """The numbers of an option that takes several, as `0.7,0.3`; none of an empty text.
+
+    Raises:
+        UsageError: something in it is not a number.
+    """
+    try:
+        return tuple(float(word) for word in text.split(",")) if text.strip() else ()
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r} is not a list of numbers; write them as 0.7,0.3.") from error
 
 
 # types rather than a base class, so that each verb lists its options in its own order

@@ -269,13 +269,11 @@ class Explain:
 
     def run(self) -> None:
         """Explain, write, show."""
-        if self.out.suffix.lower() not in (".png", ".npy"):
-            raise UsageError(f"--out {self.out}: name a file that ends in .png (a figure) or .npy (the numbers).")
+        from vlm.api.explanation import check_out, explain
+
+        check_out(self.out)
         if not self.image.is_file():
             raise UsageError(f"There is no image {str(self.image)!r}.")
-        # after the checks, which should not wait for torch
-        from vlm.api.explanation import explain
-
         explanation = explain(
             self.model,
             self.image,

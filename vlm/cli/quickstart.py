@@ -91,7 +91,9 @@ class QuickstartSummary(Result):
 def quickstart(
     out: str | Path = "quickstart-out", *, photos: str | Path = "", scenes: int = NUM_TRAIN, steps: int = -1
 ) -> QuickstartSummary:
-    """Run the whole pipeline on synthetic shapes or on photos, as `vlm quickstart` does, by the commands that it logs.
+    """Run the whole pipeline on synthetic shapes or on photos, as `vlm quickstart` does.
+
+    It prints what its commands print, and logs each of them, so that one can see and repeat them.
 
     Args:
         out: folder for all outputs; steps finished there are skipped.

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.cli.options import DeviceOption, JsonOption, PrecisionOption, WorkersOption, call_options
+from vlm.cli.options import DeviceOption, JsonOption, PrecisionOption, WorkersOption, call_options, parse_numbers
 from vlm.console import percent, quoted, show_json, show_table
-from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.api.training import SoupSummary
@@ -78,8 +77,8 @@ class MakeSoup:
         """Average, write, show the ingredients."""
         from vlm.api.training import soup
 
-        weights = _parse_numbers(self.weights, "--weights")
-        alphas = _parse_numbers(self.alphas, "--alphas")
+        weights = parse_numbers(self.weights, "--weights")
+        alphas = parse_numbers(self.alphas, "--alphas")
         summary = soup(**call_options(self, weights=weights, alphas=alphas))
         if self.json:
             show_json(summary)
@@ -130,15 +129,3 @@ class MakeSoup:
                 f"At α = {tuned.alpha:g} more than {self.max_drift:.1%} is lost on other data; α = {chosen:g} is the "
                 f"best of those that keep it. The path: {self.out / 'path.png'}"
             )
-
-
-def _parse_numbers(text: str, option: str) -> tuple[float, ...]:
-    """Numbers from `0.7,0.3`.
-
-    Raises:
-        UsageError: it is not a list of numbers.
-    """
-    try:
-        return tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError as error:
-        raise UsageError(f"{option} {text!r} is not a list of numbers; write them as 0.7,0.3.") from error

@@ -52,7 +52,7 @@ def serve(
         cors: origins whose pages may use the API. show_paths: name files and shards in answers.
         rate: requests a second of one address, 0 for any number. max_results: of one page. max_body_mb: of a request.
         max_batch: queries that are embedded and searched together. cache: texts whose embeddings are remembered.
-        workers: threads that search each index.
+        workers: threads that search each index. log_requests: log a line for each request.
         on_ready: called once with address and indexes, which `vlm serve --json` prints, when requests are answered.
 
     Raises:

@@ -1,0 +1,148 @@
+#!/usr/bin/env python
+"""Minutes until open_clip's quality is reached: its trainer to the end, ours in runs of ever more epochs beside it.
+
+    benchmarks/run time_to_quality [--data fashion flickr8k] [--epochs 1 2 3 4] [--json]
+
+Whole commands, start and end included, on the same shards; both are evaluated by the same code on val. Each of our runs
+is one that a user would make, with a warm-up and a decay of its own length; the last is the preset as it is. Results
+are kept with those of the quality benchmark (--keep FOLDER). To try it: --shards 1 --epochs 1 --their-epochs 1.
+"""
+
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from vlm.cli.main import print_error
+from vlm.console import percent, show_json, show_table
+from vlm.errors import UsageError, VlmError
+from vlm.train.presets import open_preset
+
+sys.path.insert(0, str(Path(__file__).parent))
+from parts.open_clip_environment import open_clip_python
+from parts.quality_data import DataSet, prepare, write_network
+from parts.quality_plan import recipe_run
+from parts.quality_runs import Bench, Result, Run
+from parts.quality_settings import BATCH_SIZE
+
+THEIR_EPOCHS = {"fashion": 16, "flickr8k": 12}
+# of a run too short for the preset's own warm-up and average
+SHORT_RUN = ("--warmup-steps", "{warmup}", "--ema-decay", "0")
+METRIC = "text_to_image_recall@10"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Options of the benchmark of time to quality."""
+
+    data: tuple[Literal["fashion", "flickr8k"], ...] = ("fashion", "flickr8k")
+    """Data sets."""
+
+    epochs: tuple[int, ...] = (1, 2, 3, 4)
+    """Lengths of our runs; the preset's own length comes last by itself."""
+
+    their_epochs: int = 0
+    """Length of open_clip's run; 0: 16 epochs on fashion, 12 on Flickr8k."""
+
+    seed: int = 0
+    """Random seed of all runs."""
+
+    shards: int = 0
+    """Number of training shards used, the first ones; 0 uses all."""
+
+    keep: Path = Path.home() / ".cache" / "vlm" / "bench-quality"
+    """Folder of the packed data, the runs and results.jsonl."""
+
+    cache: Path = Path.home() / ".cache" / "vlm"
+    """Folder of open_clip's environment (bench-open-clip)."""
+
+    json: bool = False
+    """Print the results as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A run beside open_clip's.
+
+    share: its minutes as a part of theirs. recall: text→image recall@10. is_reached: whether that is at least theirs.
+    """
+
+    data: str
+    run: str
+    epochs: float
+    minutes: float
+    share: float
+    recall: float
+    image_to_text: float
+    zero_shot: float | None
+    is_reached: bool
+
+
+def run(arguments: Arguments) -> None:
+    """Make the missing runs, theirs first, then print all."""
+    if min(arguments.epochs, default=0) < 1 or arguments.their_epochs < 0:
+        raise UsageError(f"--epochs {arguments.epochs}, --their-epochs {arguments.their_epochs}: give at least 1.")
+    keep = arguments.keep.expanduser().absolute()
+    python = open_clip_python(arguments.cache.expanduser() / "bench-open-clip")
+    bench = Bench(folder=keep, open_clip=python, models=keep / "models")
+    write_network(bench.models)
+    rows: list[Row] = []
+    for name in arguments.data:
+        rows += _rows(bench, prepare(name, keep, shards=arguments.shards), arguments)
+    if arguments.json:
+        show_json([asdict(row) for row in rows])
+        return
+    table: list[list[object]] = []
+    for row in rows:
+        recalls = [percent(row.recall), percent(row.image_to_text), percent(row.zero_shot)]
+        reached = "yes" if row.is_reached else "no"
+        table.append(
+            [row.data, row.run, f"{row.epochs:g}", f"{row.minutes:.1f}", f"{row.share:.2f}", *recalls, reached]
+        )
+    columns = ["data", "run", "epochs", "minutes", "of open_clip's", "text→image recall@10", "image→text", "zero-shot"]
+    show_table([*columns, "reaches it"], table)
+    print("To repeat: " + shlex.join(["benchmarks/run", "time_to_quality", *sys.argv[1:]]))
+
+
+def _rows(bench: Bench, data: DataSet, arguments: Arguments) -> list[Row]:
+    their_epochs = arguments.their_epochs or THEIR_EPOCHS[data.name]
+    theirs = recipe_run(data, "open_clip", seed=arguments.seed, epochs=their_epochs, batch_size=BATCH_SIZE)
+    whole = ceil(open_preset(data.name).epochs)
+    runs = [theirs]
+    runs += [_our_run(data, f"ours, {epochs} epochs", epochs, SHORT_RUN, arguments.seed) for epochs in arguments.epochs]
+    runs.append(_our_run(data, "ours, the preset", whole, (), arguments.seed))
+    results: list[Result] = []
+    for each in runs:
+        results.append(bench.result(each))
+    target = results[0]
+    rows: list[Row] = []
+    for each, result in zip(runs, results, strict=True):
+        rows.append(
+            Row(
+                data=data.name,
+                run=each.name,
+                epochs=each.epochs,
+                minutes=result.minutes,
+                share=result.minutes / target.minutes,
+                recall=result.metrics[METRIC],
+                image_to_text=result.metrics["image_to_text_recall@10"],
+                zero_shot=result.zero_shot,
+                is_reached=result.metrics[METRIC] >= target.metrics[METRIC],
+            )
+        )
+    return rows
+
+
+def _our_run(data: DataSet, name: str, epochs: int, words: tuple[str, ...], seed: int) -> Run:
+    return Run(data=data, trainer="ours", name=name, seed=seed, words=words, epochs=epochs, batch_size=BATCH_SIZE)
+
+
+if __name__ == "__main__":
+    try:
+        run(tyro.cli(Arguments, description=__doc__))
+    except VlmError as error:
+        sys.exit(print_error(str(error), error.exit_code))
