@@ -215,7 +215,7 @@ class TrainingCollator:
     view: RandomResizedCrop
     tokenizer: Tokenizer
     draw: CaptionSampler = field(default_factory=CaptionSampler)
-    arrays: PrecomputedFeatures = field(default_factory=PrecomputedFeatures)
+    arrays: PrecomputedFeatures | None = None
     seed: int = 0
     max_bad_in_a_row: int = MAX_BAD_IN_A_ROW
     decode_on_device: bool = False
@@ -233,7 +233,7 @@ class TrainingCollator:
                 "Small crops are decoded by the workers; leave out --decode-on-device, or the objective that asks "
                 "for them."
             )
-        if self.caption_mix is not None and self.arrays.has_captions:
+        if self.caption_mix is not None and self.arrays is not None and self.arrays.has_captions:
             raise UsageError(
                 f"{', '.join(self.arrays.names)} have rows for the captions in the shards alone; leave out the new "
                 "captions (--captions-from), or these arrays."
@@ -288,7 +288,7 @@ class TrainingCollator:
             sample_indices=tuple(sample_indices),
             used=tuple(used),
             failures=tuple(chain.from_iterable(failures)),
-            arrays=self.arrays.stack([sample.arrays for sample in samples], keys) | _stacked(samples),
+            arrays=self._stacked(samples, keys),
             prepared=tuple(buffers.prepared),
             offsets=tuple(offsets),
             position=sample_indices.position if isinstance(sample_indices, BatchIndices) else None,
@@ -335,16 +335,18 @@ class TrainingCollator:
                 return sample
 
     def _read_and_draw(self, sample_index: SampleIndex, attempt: int, shards: ShardSet) -> _DrawnSample:
-        sample = shards.read(sample_index, self.arrays.members)
+        sample = shards.read(sample_index, self.arrays.members if self.arrays else ())
 
         # The order of the draws must not change, or a seed gives other data: the caption first, then the view.
         rng = self._rng_for(sample_index, sample.key)
         caption = self._draw_caption(sample_index, sample, rng)
         view_rng = rng
         view = 0
-        if self.arrays.has_views:
-            view, view_rng = self.arrays.sample_view(sample, rng)
-        arrays = self.arrays.rows(sample, view=view, caption=caption)
+        arrays: tuple[np.ndarray, ...] = ()
+        if self.arrays is not None:
+            if self.arrays.has_views:
+                view, view_rng = self.arrays.sample_view(sample, rng)
+            arrays = self.arrays.rows(sample, view=view, caption=caption)
         features: dict[str, np.ndarray] = {}
         if self.cached is not None:
             feature_rng = self._rng_for(sample_index, sample.key, "features")
@@ -408,6 +410,15 @@ class TrainingCollator:
         rng = self._rng_for(sample_index, sample.key, "sentences")
         return shuffled(self.draw.sentences_of(sample), rng, number=self.num_sentences)
 
+    def _stacked(self, samples: list[_DrawnSample], keys: list[str]) -> dict[str, Float[Tensor, "B F"]]:
+        """The stored arrays and the cached features of a batch, by name."""
+        stacked: dict[str, torch.Tensor] = {}
+        if self.arrays is not None:
+            stacked |= self.arrays.stack([sample.arrays for sample in samples], keys)
+        for name in samples[0].features if samples else ():
+            stacked[name] = torch.from_numpy(np.stack([sample.features[name] for sample in samples]))
+        return stacked
+
     def _tokens(self, texts: list[str]) -> Int64[Tensor, "B L"]:
         tokens = self.tokenizer.encode(texts)
         return torch.from_numpy(trim_tokens(tokens, self.tokenizer) if self.trim_text else tokens)
@@ -420,14 +431,6 @@ class TrainingCollator:
         # the mask picks the first slots of each sample row by row, the order in which the sentences were encoded
         tokens[np.arange(self.num_sentences) < counts[:, None]] = rows
         return torch.from_numpy(trim_tokens(tokens, self.tokenizer) if self.trim_text else tokens)
-
-
-def _stacked(samples: list[_DrawnSample]) -> dict[str, Float[Tensor, "B F"]]:
-    """The cached features of a batch, by name."""
-    stacked: dict[str, torch.Tensor] = {}
-    for name in samples[0].features if samples else ():
-        stacked[name] = torch.from_numpy(np.stack([sample.features[name] for sample in samples]))
-    return stacked
 
 
 def content_hash(content: bytes) -> int:

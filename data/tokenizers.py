@@ -12,7 +12,7 @@ from typing_extensions import override
 from vlm.data.clip_bpe import VOCABULARY, ClipBpe, clean_text, shipped_vocabulary
 from vlm.errors import UsageError, VlmError
 from vlm.files import compute_fingerprint, write_bytes, write_text
-from vlm.weight_packages import locate_weights
+from vlm.model_spec import locate_weights
 
 DESCRIPTION = "vlm_tokenizer.json"
 CLIP_CONTEXT_LENGTH = 77

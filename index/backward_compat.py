@@ -29,7 +29,7 @@ from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.segments import WrittenSegment, write_segment
 from vlm.index.writer import iter_live_blocks
 from vlm.manifest import write_manifest
-from vlm.models.model_spec import absolute_spec
+from vlm.model_spec import absolute_spec
 from vlm.models.variants import CompatibilityProjection
 from vlm.results import Result
 from vlm.tensor_types import Array, Float, Float32, Int64

@@ -51,7 +51,7 @@ from vlm.index.embeddings_folder import (
 from vlm.index.encoder import Encoder, check_unit_norm
 from vlm.index.ids import UidAssigner
 from vlm.manifest import Manifest, is_complete, mark_unfinished, read_manifest
-from vlm.models.model_spec import absolute_spec
+from vlm.model_spec import absolute_spec
 from vlm.results import Result
 from vlm.tensor_types import Array, Float32
 

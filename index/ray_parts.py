@@ -21,9 +21,9 @@ from vlm.errors import UsageError, VlmError
 from vlm.index.embed import EmbedOptions, EmbedPlan, EmbedSummary, ShardEmbedder
 from vlm.index.embeddings_folder import Modality
 from vlm.index.recaption import RecaptionOptions, RecaptionPlan, RecaptionSummary, ShardRecaptioner
+from vlm.model_spec import absolute_spec
 from vlm.models.load import load_model
 from vlm.models.model import VisionLanguageModel
-from vlm.models.model_spec import absolute_spec
 from vlm.ray_engine import RayCluster, check_shared, run_on_ray
 
 

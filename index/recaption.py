@@ -43,9 +43,9 @@ from vlm.index.embeddings_folder import (
     write_marker,
 )
 from vlm.manifest import FileRecord, Manifest, is_complete, mark_unfinished, record_file, write_manifest
+from vlm.model_spec import absolute_spec
 from vlm.models.decoding_options import GREEDY, DecodingOptions
 from vlm.models.model import VisionLanguageModel
-from vlm.models.model_spec import absolute_spec
 from vlm.results import Result
 
 if TYPE_CHECKING:

@@ -6,10 +6,13 @@ At its end a run leaves the model, the ledger, the curves and the manifest.
 import contextlib
 import logging
 import os
+import platform
 import signal
+import subprocess
 import time
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,16 +20,17 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from vlm import __version__
 from vlm.data.collate import TrainingBatch
 from vlm.data.sample_ledger import Ledger
 from vlm.data.shards import shards_fingerprint
 from vlm.errors import VlmError
 from vlm.manifest import Manifest, write_manifest
+from vlm.model_spec import CHECKPOINTS, RUN_MODEL
 from vlm.models.factory import build_network
 from vlm.models.load import WEIGHTS, save_model_folder
 from vlm.models.low_rank import LORA, merge_adapters
 from vlm.models.model import VisionLanguageModel
-from vlm.models.model_spec import CHECKPOINTS, RUN_MODEL
 from vlm.results import Result
 from vlm.tensor_types import Tensor
 from vlm.train.checkpoint.checkpoint_files import EMA_WEIGHTS, checkpoint_name, find_damage, new_best
@@ -53,7 +57,7 @@ from vlm.train.plots import draw_curves
 from vlm.train.recipes import BandReport, compare_with_band, held_out_fingerprint
 from vlm.train.recovery import Watchdog, find_lost_worker, lost_worker_error, roll_back, should_roll_back
 from vlm.train.run_config import TrainConfig
-from vlm.train.run_setup import CONFIG, Session, environment, open_remote_store, open_session
+from vlm.train.run_setup import CONFIG, Session, open_remote_store, open_session
 from vlm.train.state import TrainState
 from vlm.train.step import train_step
 from vlm.train.validation import EvaluationClock
@@ -399,6 +403,22 @@ def _write_run(session: Session, ledger: Ledger, utilisation: Utilisation, model
             },
         ),
     )
+
+
+def environment() -> dict[str, Any]:
+    """What a run was made with: versions, machine, commit."""
+    # an installed package is in no repository; then the commit stays empty
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).resolve().parent, check=False
+    )
+    return {
+        "vlm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "commit": commit.stdout.strip(),
+    }
 
 
 def _initial_weights(network: nn.Module) -> dict[str, Any] | None:

@@ -9,8 +9,6 @@ import itertools
 import logging
 import math
 import os
-import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -24,7 +22,6 @@ from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vlm import __version__
 from vlm.config import from_toml, read_toml, to_toml
 from vlm.data.batch_order import arrange_batches
 from vlm.data.caption_sampler import CaptionMix, CaptionSampler
@@ -44,12 +41,12 @@ from vlm.data.transforms import EvalTransform, LocalCrops, RandomResizedCrop
 from vlm.errors import UsageError
 from vlm.files import write_text
 from vlm.manifest import is_complete
+from vlm.model_spec import CHECKPOINTS
 from vlm.models.dropout import PerSampleNoise, use_per_sample_dropout
 from vlm.models.factory import build_network, enable_padding_trim, fit_to_tokenizer, model_config
 from vlm.models.load import load_network
 from vlm.models.low_rank import LowRank, add_adapters
 from vlm.models.model import VisionLanguageModel
-from vlm.models.model_spec import CHECKPOINTS
 from vlm.models.towers.tower import batch_norm_layers
 from vlm.models.towers.tower_registry import initial_preprocess, set_dropout
 from vlm.models.variants import with_image_size
@@ -132,8 +129,10 @@ class Session:
 
     @property
     def inner_rate(self) -> float:
-        """γ of the next step, for terms with a moving average of each sample."""
+        """γ of the next step, for terms with a moving average of each sample; 1 where there are none."""
         config, num_samples = self.config, self.corpus.order.num_samples
+        if self.state.averages is None:
+            return 1.0
         decay_epochs = config.objective.inner_rate_epochs
         if decay_epochs < 0:
             decay_epochs = self.steps * config.batch_size / num_samples / 2
@@ -160,7 +159,7 @@ class Session:
             caption_mix=self.corpus.caption_mix,
             cached=self.cached,
         )
-        stream = stream_batches(
+        stream: Iterator[TrainingBatch] = stream_batches(
             plan,
             self.corpus.shards,
             collate,
@@ -170,8 +169,10 @@ class Session:
             cache=resolve_shard_cache(config.loader),
         )
         view = collate.view if collate.decode_on_device else None
-        prefetched = iter(DevicePrefetcher(stream, self.accelerator.device, view))
-        while micro_batches := list(itertools.islice(prefetched, self.num_micro_batches)):
+        # to a CPU there is nothing to copy ahead
+        if view is not None or self.accelerator.device.type == "cuda":
+            stream = iter(DevicePrefetcher(stream, self.accelerator.device, view))
+        while micro_batches := list(itertools.islice(stream, self.num_micro_batches)):
             yield micro_batches
 
 
@@ -202,10 +203,11 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
 
     ema = EMA.from_network(config.optimizer.average_decay, model.network) if needs_ema(config, terms) else None
     # before a checkpoint is read into the network
-    drift = open_drift_guard(config, model.network)
+    drift = open_drift_guard(config, model.network) if config.model.start_from or config.safety.max_drift else None
     input_providers = open_input_providers(config, model, terms, ema)
     check_loss_inputs(config, terms, task, input_providers)
-    check_text_embeddings(corpus.shards, config.loader.arrays, model)
+    if config.loader.arrays:
+        check_text_embeddings(corpus.shards, config.loader.arrays, model)
     state = TrainState(
         task=task,
         model=model,
@@ -215,8 +217,7 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
         averages=open_averages(terms, corpus),
     )
     open_folder(config, state, corpus, accelerator, resume=resume, allow=allow)
-    cached = open_cached_features(config, corpus.shards, model) if config.loader.cache_features else None
-    keep_features(validation, config, model)
+    cached = _open_features(config, corpus, validation, model)
     # every process has written its share
     accelerator.wait_for_everyone()
     steps = total_steps(config, corpus.order.num_samples)
@@ -241,6 +242,16 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
         cached=cached,
         drift=drift,
     )
+
+
+def _open_features(
+    config: TrainConfig, corpus: Corpus, validation: Validation | None, model: VisionLanguageModel
+) -> CachedFeatures | None:
+    """What locked trunks give, computed once: of the samples trained on, if configured, and of what is evaluated."""
+    cached = open_cached_features(config, corpus.shards, model) if config.loader.cache_features else None
+    if validation is not None:
+        keep_features(validation, config, model)
+    return cached
 
 
 def open_averages(terms: tuple[WeightedLossTerm, ...], corpus: Corpus) -> GlobalAverages | None:
@@ -270,11 +281,13 @@ def open_data(config: TrainConfig, cache: ShardCache, device: torch.device) -> t
     corpus = open_training_corpus(config, cache)
     if config.loader.decode_on_device:
         check_decoder(device)
-    check_views(corpus.shards, config.loader)
+    if config.loader.arrays:
+        check_views(corpus.shards, config.loader)
     # indexed through the run's own cache; later reads meet them there
     for shards in (config.val, config.val_other):
         count_samples(expand_shards(shards) if shards else [], cache=cache)
-    return corpus, open_validation(config)
+    measures = config.val or config.val_other or config.val_suite
+    return corpus, open_validation(config) if measures else None
 
 
 def open_training_corpus(config: TrainConfig, cache: ShardCache) -> Corpus:
@@ -330,8 +343,7 @@ def build_model(config: TrainConfig, device: torch.device, *, with_bias: bool = 
         model = _fresh_model(config, device, with_bias=with_bias)
     if config.objective.temperature:
         model.network.get_parameter("logit_scale").data.fill_(-math.log(config.objective.temperature))
-    batch_norms = batch_norm_layers(model.network)
-    if batch_norms and config.micro_batch:
+    if config.micro_batch and (batch_norms := batch_norm_layers(model.network)):
         raise UsageError(
             f"{model_settings.architecture} normalises by statistics of the batch ({batch_norms[0]} and "
             f"{len(batch_norms) - 1} more layers), so micro-batches would not give the gradient of the whole batch. "
@@ -562,7 +574,8 @@ def build_collator(
         flip=config.loader.flip,
         interpolation=model.view.interpolation,
     )
-    num_crops = config.objective.local_views
+    objective = config.objective
+    num_crops = objective.local_views
     return TrainingCollator(
         plan=plan,
         view=view,
@@ -572,14 +585,14 @@ def build_collator(
             language_weights=config.loader.language_weights,
             sentences=config.loader.sentences,
         ),
-        arrays=PrecomputedFeatures(names=config.loader.arrays),
+        arrays=PrecomputedFeatures(names=config.loader.arrays) if config.loader.arrays else None,
         seed=config.seed,
         max_bad_in_a_row=config.loader.max_bad_in_a_row,
         decode_on_device=config.loader.decode_on_device,
-        num_sentences=config.objective.sub_captions,
+        num_sentences=objective.sub_captions,
         local=LocalCrops.for_global_crop(view, number=num_crops) if num_crops else None,
-        has_identities=config.objective.same_pairs != "negative",
-        class_labels=open_class_labels(config.objective.class_field, config.objective.class_names),
+        has_identities=objective.same_pairs != "negative",
+        class_labels=open_class_labels(objective.class_field, objective.class_names) if objective.class_field else None,
         trim_text=trim_text,
         caption_mix=caption_mix,
         cached=cached,
@@ -682,19 +695,3 @@ def open_remote_store(config: TrainConfig) -> RemoteCheckpointStore | None:
     """Where checkpoints are uploaded to, if anywhere."""
     address = config.safety.checkpoint_to
     return RemoteCheckpointStore(address=address, run=Path(config.run).name) if address else None
-
-
-def environment() -> dict[str, Any]:
-    """What a run was made with: versions, machine, commit."""
-    # an installed package is in no repository; then the commit stays empty
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).resolve().parent, check=False
-    )
-    return {
-        "vlm": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-        "commit": commit.stdout.strip(),
-    }

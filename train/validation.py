@@ -12,7 +12,6 @@ from typing import Any
 
 from vlm.console import without_progress
 from vlm.errors import UsageError
-from vlm.evaluation.caption_evaluator import sameness
 from vlm.evaluation.evaluation_set import EvaluationSet, open_evaluation_set
 from vlm.evaluation.features import EvaluatedModel, Part, PixelMemory
 from vlm.evaluation.retrieval import Retrieval
@@ -115,6 +114,9 @@ class Validation:
         """
         if self.data is None or not model.can_caption:
             return None
+        # here, since most models write no captions, and their metrics take time to load
+        from vlm.evaluation.caption_evaluator import sameness
+
         data = self.data.select(range(min(len(self.data), _CAPTIONED_IMAGES)))
         captions: list[str] = []
         for batch in data.iter_images(model.view):
@@ -137,7 +139,7 @@ class Validation:
         return result.metrics()
 
 
-def open_validation(config: TrainConfig) -> Validation | None:
+def open_validation(config: TrainConfig) -> Validation:
     """What the configuration asks for; errors in it come now rather than at the first evaluation.
 
     Raises:
@@ -159,13 +161,11 @@ def open_validation(config: TrainConfig) -> Validation | None:
                 f"--val-suite {config.val_suite}: {absent.name} is left out ({absent.reason}). Fetch it, name the "
                 "folder of the data by --val-suite-root, or a suite without it."
             )
-    return validation if validation.retrieval or validation.suite else None
+    return validation
 
 
-def keep_features(validation: Validation | None, config: TrainConfig, model: VisionLanguageModel) -> None:
+def keep_features(validation: Validation, config: TrainConfig, model: VisionLanguageModel) -> None:
     """Let locked trunks run once for each image and text that is evaluated; once for all runs that share a folder."""
-    if validation is None:
-        return
     folder = Path(config.loader.feature_folder or Path(config.run) / "features")
     paths = evaluated_paths(folder, model) if config.loader.cache_features else {}
     validation.trunks = tuple(keep_evaluated_features(model.network, paths))

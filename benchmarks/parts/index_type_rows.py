@@ -22,7 +22,7 @@ from vlm.index.embeddings_folder import (
 )
 from vlm.index.encoder import Encoder
 from vlm.manifest import is_complete
-from vlm.models.model_spec import absolute_spec
+from vlm.model_spec import absolute_spec
 from vlm.tensor_types import Array, Float32, UInt8
 
 _IMAGES_AT_ONCE = 16

@@ -37,7 +37,7 @@ from vlm.index.interop.import_layouts import (
     to_json_value,
 )
 from vlm.manifest import MANIFEST, Manifest
-from vlm.models.model_spec import absolute_spec
+from vlm.model_spec import absolute_spec
 from vlm.results import Result
 
 EXPORT = "export"

@@ -8,8 +8,8 @@ from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.files import compute_fingerprint
+from vlm.model_spec import split_model_spec
 from vlm.models.model import VisionLanguageModel
-from vlm.models.model_spec import split_model_spec
 from vlm.models.variants import TruncatedModel
 
 

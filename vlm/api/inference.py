@@ -25,8 +25,9 @@ from vlm.evaluation.class_vectors import (
 )
 from vlm.evaluation.rejection import RejectRule, read_reject_rule
 from vlm.files import json_text
+from vlm.model_spec import is_onnx_folder
 from vlm.models.decoding_options import GREEDY, DecodingOptions
-from vlm.models.onnx_encoder import OnnxEncoder, is_onnx_folder
+from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.service.query_encoder import Backend, chosen_backend, embed_pixels, embed_query_texts, load_query_encoder
 from vlm.tensor_types import Array, Float32
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from vlm.errors import UsageError, os_errors_explained
+from vlm.model_spec import CHECKPOINTS, CONFIG, RUN_MODEL
 from vlm.models.load import load_model
-from vlm.models.model_spec import CHECKPOINTS, CONFIG, RUN_MODEL
 from vlm.results import Result
 
 ModelSource: TypeAlias = Literal["run", "folder", "open_clip", "hub", "package"]

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vlm.errors import UsageError, os_errors_explained
 from vlm.files import check_not_exists
+from vlm.model_spec import export_folder, is_onnx_folder, source_folder
 from vlm.models.onnx_encoder import (
     OnnxFolder,
     OnnxPrecision,
-    export_folder,
-    is_onnx_folder,
     read_onnx_folder,
-    source_folder,
     stale_reason,
 )
 from vlm.results import Result

@@ -490,7 +490,8 @@ def embed(
         selection=None if selection is None else Path(selection),
     )
     _check_processes(processes)
-    check_engine(engine, ray_address)
+    if engine != "local" or ray_address is not None:
+        check_engine(engine, ray_address)
     if engine == "ray":
         source, cluster = _on_cluster(job, processes, ray_address)
         folders = job.folders
@@ -559,7 +560,8 @@ def caption_shards(
         ),
     )
     _check_processes(processes)
-    check_engine(engine, ray_address)
+    if engine != "local" or ray_address is not None:
+        check_engine(engine, ray_address)
     if engine == "ray":
         source, cluster = _on_cluster(job, processes, ray_address)
         return caption_on_ray(source, shards_at(job.shards), job.out, job.options, cluster)

@@ -21,9 +21,9 @@ from vlm.errors import UsageError, os_errors_explained
 from vlm.files import json_text, write_text
 from vlm.index.index_files import map_file
 from vlm.manifest import is_complete
+from vlm.model_spec import locate_weights
 from vlm.results import Result, json_values
 from vlm.train.presets import LOCAL_WEIGHTS
-from vlm.weight_packages import locate_weights
 
 logger = logging.getLogger(__name__)
 

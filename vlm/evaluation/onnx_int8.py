@@ -18,7 +18,8 @@ from vlm.data.shards import expand_shards
 from vlm.errors import UsageError, VlmError
 from vlm.evaluation.retrieval_metrics import RetrievalResult, measure_retrieval
 from vlm.files import atomic_folder
-from vlm.models.onnx_encoder import IMAGE_TOWER, TEXT_TOWER, OnnxEncoder, OnnxFolder, read_onnx_folder
+from vlm.model_spec import ONNX_TEXT_TOWER
+from vlm.models.onnx_encoder import IMAGE_TOWER, OnnxEncoder, OnnxFolder, read_onnx_folder
 from vlm.models.onnx_export import quiet, write_onnx_manifest
 from vlm.results import Result
 from vlm.tensor_types import Array, Float32
@@ -60,7 +61,9 @@ def quantize_export(
     """
     expanded = expand_shards(shards)
     with atomic_folder(out) as folder:
-        num_quantized = sum(quantize_tower(export.path / name, folder / name) for name in (IMAGE_TOWER, TEXT_TOWER))
+        num_quantized = sum(
+            quantize_tower(export.path / name, folder / name) for name in (IMAGE_TOWER, ONNX_TEXT_TOWER)
+        )
         if not num_quantized:
             raise UsageError(f"{export.details.model} has no matrix products: int8 would save nothing.")
         for path in export.path.iterdir():

@@ -21,18 +21,25 @@ from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
 from vlm.files import write_text
 from vlm.manifest import Manifest, is_complete, read_manifest, record_file, write_manifest
+from vlm.model_spec import (
+    CHECKPOINTS,
+    CONFIG,
+    LOCAL_PREFIX,
+    RUN_MODEL,
+    is_projection_folder,
+    locate_weights,
+    model_folder,
+    split_model_spec,
+)
 from vlm.models.factory import ModelConfig, allow_logit_bias, build_network, enable_padding_trim
 from vlm.models.low_rank import LORA, merge_adapters
 from vlm.models.model import VisionLanguageModel, space_fingerprint
-from vlm.models.model_spec import CHECKPOINTS, CONFIG, LOCAL_PREFIX, RUN_MODEL, model_folder, split_model_spec
 from vlm.models.towers.tower_registry import portable_config
 from vlm.models.variants import (
     BackwardCompatibleModel,
     TruncatedModel,
-    is_projection_folder,
     read_projection,
 )
-from vlm.weight_packages import locate_weights
 
 logger = logging.getLogger(__name__)
 
@@ -333,7 +340,7 @@ def load_model(spec: str, *, device: str = "auto", precision: str = "fp32") -> V
     - a run folder (its final model, else its newest checkpoint), a model folder, also one of open_clip (`local-dir:`
       may stand before it), or an upgrade folder (the new model with the projection on top);
     - a Hugging Face folder of CLIP, MetaCLIP 2, SigLIP or SigLIP 2, or a sentence-transformers folder (texts only);
-    - `package:all-minilm-l6-v2`: such a folder in an installed package (`vlm.weight_packages`);
+    - `package:all-minilm-l6-v2`: such a folder in an installed package (`vlm.model_spec`);
     - `ORGANISATION/NAME` or `hf-hub:ORGANISATION/NAME`: such a folder or one of open_clip on the Hugging Face Hub;
     - `ViT-B-32:laion2b_s34b_b79k`, a name of open_clip with its weights (or a file of them); the name alone where there
       is one set of weights only.

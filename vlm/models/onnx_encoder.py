@@ -7,7 +7,6 @@ Nothing here needs torch: a search reads this folder instead of loading the mode
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -20,14 +19,7 @@ from vlm.data.tokenizers import Tokenizer, open_tokenizer, trim_tokens
 from vlm.errors import UsageError, VlmError
 from vlm.files import sha256_file, write_text
 from vlm.manifest import MANIFEST, Manifest, damage_as_error, read_manifest
-from vlm.models.model_spec import (
-    CHECKPOINTS,
-    DIMENSIONS_SEPARATOR,
-    LOCAL_PREFIX,
-    RUN_MODEL,
-    model_folder,
-    truncated_fingerprint,
-)
+from vlm.model_spec import DIMENSIONS_SEPARATOR, ONNX, ONNX_TEXT_TOWER, truncated_fingerprint
 from vlm.tensor_types import Array, Float32, UInt8
 
 if TYPE_CHECKING:
@@ -36,10 +28,7 @@ if TYPE_CHECKING:
     import vlm.data.transforms
 
 
-KIND = "onnx"
-FOLDER = "onnx"
 IMAGE_TOWER = "image.onnx"
-TEXT_TOWER = "text.onnx"
 PIXELS = "pixels"
 TOKENS = "tokens"
 EMBEDDINGS = "embeddings"
@@ -89,41 +78,13 @@ class OnnxFolder:
     details: OnnxDetails
 
 
-def export_folder(spec: str) -> Path:
-    """Where the export of a MODEL lies: in its model folder, or for a name of open_clip or the Hub in the cache."""
-    path = Path(spec.removeprefix(LOCAL_PREFIX))
-    if not path.is_dir():
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return base / "vlm" / FOLDER / re.sub(r"[^\w.-]+", "--", spec)
-    if is_onnx_folder(path):
-        return path
-    return source_folder(path) / FOLDER
-
-
-def source_folder(folder: Path) -> Path:
-    """The folder that holds the weights: of a run its final model or newest checkpoint, else the folder itself."""
-    is_run = (folder / RUN_MODEL).is_dir() or (folder / CHECKPOINTS).is_dir()
-    return model_folder(folder) if is_run else folder
-
-
-def is_onnx_folder(folder: Path) -> bool:
-    """Whether a folder holds a complete export."""
-    path = folder / MANIFEST
-    if not path.is_file() or not (folder / TEXT_TOWER).is_file():
-        return False
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("kind") == KIND
-    except (ValueError, AttributeError):
-        return False
-
-
 def read_onnx_folder(folder: Path) -> OnnxFolder:
     """An export's manifest; its files must have the recorded sizes.
 
     Raises:
         UsageError: it is not an export. VlmError: it is damaged.
     """
-    manifest = read_manifest(folder, KIND)
+    manifest = read_manifest(folder, ONNX)
     for name, record in manifest.files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != record.bytes:
@@ -144,7 +105,7 @@ def record_sources(folder: Path) -> dict[str, SourceFile]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         is_hidden = any(part.startswith(".") for part in name.parts)
-        if path.is_file() and not is_hidden and name.parts[0] not in (FOLDER, MANIFEST):
+        if path.is_file() and not is_hidden and name.parts[0] not in (ONNX, MANIFEST):
             stat = path.stat()
             sources[str(name)] = SourceFile(bytes=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=sha256_file(path))
     return sources
@@ -157,7 +118,7 @@ def stale_reason(export: OnnxFolder) -> str:
     folder), the new time is recorded. An export whose model is gone is good: it needs nothing else.
     """
     # beside its model it belongs to that one, also after both were moved
-    beside = export.path.parent if export.path.name == FOLDER else None
+    beside = export.path.parent if export.path.name == ONNX else None
     folder = beside if beside is not None and export.details.source else Path(export.details.source)
     touched: dict[str, SourceFile] = {}
     for name, recorded in export.details.source_files.items():
@@ -265,7 +226,7 @@ class OnnxEncoder:
         if texts:
             # a cached property: to name it is to open it
             _ = self.tokenizer
-            self._session(TEXT_TOWER)
+            self._session(ONNX_TEXT_TOWER)
         if images:
             self._session(IMAGE_TOWER)
 
@@ -282,7 +243,7 @@ class OnnxEncoder:
             if self.export.details.text_length == "any":
                 tokens = trim_tokens(tokens, self.tokenizer)
             batches.append(tokens)
-        return self._embed(TEXT_TOWER, TOKENS, batches)
+        return self._embed(ONNX_TEXT_TOWER, TOKENS, batches)
 
     def _embed(self, tower: str, input_name: str, batches: Sequence[Array]) -> Float32[Array, "N D"]:
         rows = [np.zeros((0, self.export.details.embedding_size), np.float32)]

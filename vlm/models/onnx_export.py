@@ -24,13 +24,12 @@ from vlm.data.tokenizers import ClipTokenizer, open_tokenizer, save_without_torc
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder
 from vlm.manifest import Manifest, record_file, write_manifest
+from vlm.model_spec import ONNX, ONNX_TEXT_TOWER
 from vlm.models.model import VisionLanguageModel, normalise
 from vlm.models.onnx_encoder import (
     EMBEDDINGS,
     IMAGE_TOWER,
-    KIND,
     PIXELS,
-    TEXT_TOWER,
     TOKENS,
     OnnxDetails,
     OnnxEncoder,
@@ -91,7 +90,7 @@ def export_onnx(model: VisionLanguageModel, out: Path, *, spec: str, source: Pat
     model.embed_texts(_TEXTS[:1])
     with atomic_folder(out) as folder:
         _export_tower(_ImageTower(model), _example_pixels(model), folder / IMAGE_TOWER, model.name)
-        has_any_length = _export_text_tower(model, folder / TEXT_TOWER)
+        has_any_length = _export_text_tower(model, folder / ONNX_TEXT_TOWER)
         is_free_of_torch = save_without_torch(model.tokenizer, folder, open_tokenizer)
         if not is_free_of_torch:
             logger.warning(
@@ -139,7 +138,7 @@ def write_onnx_manifest(
     write_manifest(
         folder,
         Manifest(
-            kind=KIND,
+            kind=ONNX,
             fingerprint=fingerprint,
             counts={"embedding_size": details.embedding_size, "context_length": details.context_length},
             configuration={"precision": precision, "view": details.view},

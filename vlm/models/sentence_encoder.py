@@ -14,10 +14,10 @@ from vlm.data.tokenizers import Tokenizer, TransformersTokenizer, open_tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
 from vlm.files import compute_fingerprint
+from vlm.model_spec import CHECKPOINTS, CONFIG, RUN_MODEL
 from vlm.models.huggingface_clip import is_dual_encoder, load_huggingface, no_loading_bar
 from vlm.models.load import choose_device, load_model
 from vlm.models.model import TEXT_BATCH_SIZE, VisionLanguageModel, space_fingerprint
-from vlm.models.model_spec import CHECKPOINTS, CONFIG, RUN_MODEL
 from vlm.models.towers.language_model import FrozenLanguageTower, build_lm, complete_lm
 from vlm.models.towers.tower_config import read_text_config
 from vlm.tensor_types import Float32, Tensor, UInt8

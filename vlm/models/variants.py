@@ -28,9 +28,9 @@ from torch import nn
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder, compute_fingerprint
 from vlm.manifest import Manifest, read_manifest, record_file, write_manifest
+from vlm.model_spec import DIMENSIONS_SEPARATOR, PROJECTION_WEIGHTS, truncated_fingerprint
 from vlm.models.factory import build_network
 from vlm.models.model import VisionLanguageModel
-from vlm.models.model_spec import DIMENSIONS_SEPARATOR, truncated_fingerprint
 from vlm.tensor_types import Float, Float32, Tensor, UInt8
 
 # tokens before the patches: none, a class token, or that with registers
@@ -139,7 +139,6 @@ class TruncatedModel(VisionLanguageModel):
 
 
 MANIFEST_KIND = "upgrade"
-WEIGHTS = "head.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -210,11 +209,6 @@ class BackwardCompatibleModel(VisionLanguageModel):
         return self.head(self.base.embed_texts(texts))
 
 
-def is_projection_folder(folder: Path) -> bool:
-    """Whether a folder holds a projection."""
-    return (folder / WEIGHTS).is_file()
-
-
 def save_projection(
     folder: Path, head: CompatibilityProjection, *, configuration: dict[str, Any], details: dict[str, Any]
 ) -> None:
@@ -225,14 +219,14 @@ def save_projection(
     """
     # an index that migrates must never see half a projection
     with atomic_folder(folder) as partial:
-        save_file({"matrix": head.matrix.contiguous()}, partial / WEIGHTS)
+        save_file({"matrix": head.matrix.contiguous()}, partial / PROJECTION_WEIGHTS)
         manifest = Manifest(
             kind=MANIFEST_KIND,
             fingerprint=head.fingerprint,
             counts={"old_dimension": head.old_dimension, "dimension": head.dimension},
             configuration=configuration,
             inputs={"old": head.old, "new": head.new},
-            files={WEIGHTS: record_file(partial / WEIGHTS)},
+            files={PROJECTION_WEIGHTS: record_file(partial / PROJECTION_WEIGHTS)},
             details=details | {"model": head.model},
         )
         write_manifest(partial, manifest)
@@ -246,7 +240,7 @@ def read_projection(folder: Path) -> CompatibilityProjection:
     """
     manifest = read_manifest(folder, MANIFEST_KIND)
     try:
-        matrix = load_file(folder / WEIGHTS)["matrix"]
+        matrix = load_file(folder / PROJECTION_WEIGHTS)["matrix"]
     except (SafetensorError, OSError, KeyError) as error:
         raise VlmError(f"The weights of {folder} cannot be read ({error}); fit the head again.") from error
     head = CompatibilityProjection(

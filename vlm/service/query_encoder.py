@@ -19,8 +19,8 @@ import numpy as np
 from vlm.config import suggest
 from vlm.errors import UsageError, VlmError
 from vlm.index.encoder import Encoder
-from vlm.models.model_spec import split_model_spec
-from vlm.models.onnx_encoder import OnnxEncoder, export_folder, is_onnx_folder, read_onnx_folder, stale_reason
+from vlm.model_spec import export_folder, is_onnx_folder, split_model_spec
+from vlm.models.onnx_encoder import OnnxEncoder, read_onnx_folder, stale_reason
 from vlm.tensor_types import Array, Float32, UInt8
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from vlm.index.embeddings_folder import UNKNOWN
 from vlm.index.encoder import Encoder
 from vlm.index.engine_base import EngineIndex, EngineSnapshot, Entry, Hit, RowSelection
 from vlm.index.engines import open_engine_index
-from vlm.models.model_spec import absolute_spec
+from vlm.model_spec import absolute_spec
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.service.query import Query, load_query_vector
 from vlm.service.query_encoder import (
@@ -206,7 +206,6 @@ class SearchService:
     _text_encoder: "tuple[str, vlm.models.model.VisionLanguageModel] | None" = field(
         default=None, init=False, repr=False
     )
-    _calibrator: Calibrator = field(default_factory=Calibrator, init=False, repr=False)
 
     @classmethod
     def open(
@@ -425,6 +424,10 @@ class SearchService:
             hint=_explain_filter(ranker, hits, self.optional_fields) or (relevance.explain() if relevance else ""),
             relevance=relevance,
         )
+
+    @cached_property
+    def _calibrator(self) -> Calibrator:
+        return Calibrator()
 
     def _null_scores(self, query: Query, snapshot: EngineSnapshot) -> NullScores | None:
         """What the query's cosines are measured against, if it asks for what is relevant."""

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from vlm.errors import UsageError, VlmError
+from vlm.model_spec import locate_weights
 from vlm.models.towers.pooling import Features, as_tokens, probe_trunk
 from vlm.models.towers.tower import ImageTower, TextTower, pool_states, projection, residual_head, text_mask
 from vlm.models.towers.tower_config import ImageTowerConfig, TextTowerConfig, suggest_names
 from vlm.tensor_types import Float, Int64, Tensor
-from vlm.weight_packages import locate_weights
 
 _STATE_DROPOUT = ("hidden_dropout_prob", "dropout", "dropout_rate", "resid_pdrop", "embd_pdrop", "drop_rate")
 # attention dropout is inside one fused operation, where `PerSampleDropout` cannot replace it, so it is disabled

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from vlm.errors import UsageError, VlmError
+from vlm.model_spec import locate_weights
 from vlm.tensor_types import Tensor
-from vlm.weight_packages import locate_weights
 
 logger = logging.getLogger(__name__)
 

@@ -396,9 +396,9 @@ def initial_preprocess(values: Values) -> dict[str, Any]:
 
     Empty where the weights are random, or do not say.
     """
-    prefix, name = split_tower(values.get(TOWER_KEY, ""))
     if not values.get(INITIAL_WEIGHTS_KEY):
         return {}
+    prefix, name = split_tower(values.get(TOWER_KEY, ""))
     if prefix == "timm":
         return timm_preprocess(name)
     return hf_preprocess(values[INITIAL_WEIGHTS_KEY]) if prefix == "hf" else {}

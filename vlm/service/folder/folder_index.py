@@ -28,7 +28,7 @@ from vlm.index.embeddings_folder import EmbeddingSpace
 from vlm.index.engine_writer import InsertBatch
 from vlm.index.writer import IndexWriter
 from vlm.manifest import is_complete, read_manifest
-from vlm.models.model_spec import absolute_spec
+from vlm.model_spec import absolute_spec
 from vlm.results import Result
 from vlm.service.folder.folder_encoder import FolderEncoder, LoadEncoder
 from vlm.service.folder.folder_reader import FileReading, FolderReader, pending_files

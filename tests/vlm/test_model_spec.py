@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vlm.errors import UsageError, VlmError
-from vlm.weight_packages import PACKAGES, locate_weights
+from vlm.model_spec import PACKAGES, locate_weights
 
 
 @pytest.fixture
