@@ -38,6 +38,7 @@ from vlm.index.filter_language import Condition, matching_rows
 from vlm.index.index_files import REBUILD_HINT, FailPoint, no_failpoint
 from vlm.index.metadata import SCHEMA as METADATA_SCHEMA
 from vlm.index.metadata import field_types, insert_metadata_fields, sanitize_text
+from vlm.index.row_bitmaps import bitmap_faults, claim_bitmaps, has_bitmaps, update_bitmaps, write_bitmaps
 from vlm.tensor_types import Array, Int64
 
 WORDS_VERSION = 1
@@ -173,7 +174,7 @@ def update_catalogue(
     Raises:
         VlmError: two live rows would have the same uid, or the disk is full; nothing has changed.
     """
-    with _opened(path) as database:
+    with _opened(path) as database, _bitmaps_claimed(database, path.name, path.name):
         deletions = ((generation, row) for row in deleted.tolist())
         database.executemany(f"UPDATE rows SET died = ? WHERE row = ? AND died = {LATEST}", deletions)
         failpoint(f"{path.name} within its transaction")
@@ -189,12 +190,21 @@ def edited_copy(source: Path, path: Path) -> Iterator[sqlite3.Connection]:
         VlmError: it is damaged, or the disk is full.
     """
     shutil.copyfile(source, path)
-    with _opened(path) as database:
+    with _opened(path) as database, _bitmaps_claimed(database, source.name, path.name):
         yield database
     # the copied pages too, which SQLite did not write
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _bitmaps_claimed(database: sqlite3.Connection, name_before: str, name: str) -> Iterator[None]:
+    """After the block, which may add rows, bitmaps that agreed with the facts under a name do so under another."""
+    agree = has_bitmaps(database, name_before)
+    yield
+    if agree:
+        claim_bitmaps(database, name)
 
 
 def roll_back_catalogue(path: Path, *, generation: int) -> None:
@@ -248,6 +258,8 @@ def _new(path: Path, *, old_catalogue: Path | None = None) -> Iterator[sqlite3.C
         yield database
         for index in _INDEXES:
             database.execute(index)
+        write_bitmaps(database)
+        claim_bitmaps(database, path.name)
         # merges the pieces of the full-text index into one, which is faster to search
         database.execute("INSERT INTO captions_text(captions_text) VALUES ('optimize')")
         database.execute("COMMIT")
@@ -271,7 +283,7 @@ def insert_rows(database: sqlite3.Connection, rows: Iterable[tuple[int, Origin]]
             texts.append((number, _words(origin.captions, folding)))
         database.executemany(_INSERT, lines)
         database.executemany("INSERT INTO captions_text(rowid, text) VALUES (?, ?)", texts)
-        insert_metadata_fields(database, block)
+        update_bitmaps(database, insert_metadata_fields(database, block))
         count += len(block)
     return count
 
@@ -446,8 +458,14 @@ class Catalogue(EngineCatalogue):
             UsageError: it names another field that no row has, or compares numbers with texts.
         """
         with self._reading() as database:
-            rows = matching_rows(database, condition, optional_fields=optional_fields)
-            return np.setdiff1d(rows, self._hidden(database), assume_unique=True)
+            rows = matching_rows(
+                database,
+                condition,
+                optional_fields=optional_fields,
+                use_bitmaps=has_bitmaps(database, self.path.name),
+            )
+            hidden = self._hidden(database)
+            return np.setdiff1d(rows, hidden, assume_unique=True) if len(hidden) else rows
 
     def distinct_values(self, field: str, limit: int) -> list[int | float | str]:
         """The first values of a field in their order, numbers before texts, those of deleted rows among them."""
@@ -569,6 +587,12 @@ class Catalogue(EngineCatalogue):
                 for values in map(dict, block):
                     if values.pop("digest") != crc32_of(*list(values.values())[1:]):
                         yield f"{self.path.name}: row {values['row']:,} ({values['uid']}) differs from what was written"
+
+    def bitmap_faults(self) -> Iterator[str]:
+        """Where the bitmaps of rows that filters read differ from the facts."""
+        with self._reading() as database:
+            if has_bitmaps(database, self.path.name):
+                yield from bitmap_faults(database)
 
     @property
     def _visible_at(self) -> tuple[int, int]:

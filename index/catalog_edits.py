@@ -22,6 +22,7 @@ from vlm.errors import BadSample, UsageError
 from vlm.index.catalog import LATEST, Entry, digest_of, read_entries
 from vlm.index.engine_base import EngineCatalogue
 from vlm.index.metadata import insert_field_values, is_field, metadata_fields
+from vlm.index.row_bitmaps import update_bitmaps
 from vlm.storage import is_compressed
 
 UID = "uid"
@@ -313,6 +314,7 @@ def edit_metadata(database: sqlite3.Connection, changes: Mapping[int, Mapping[st
         query = "DELETE FROM facts WHERE field = (SELECT id FROM fields WHERE name = ?) AND value = ? AND row = ?"
         database.executemany(query, removed)
         insert_field_values(database, added)
+        update_bitmaps(database, added, removed)
         num_changed += len(lines)
     return num_changed
 

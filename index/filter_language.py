@@ -15,7 +15,8 @@ quotes, of which one inside is written twice; names are in "double quotes" if th
 dots or are a keyword, and what stands where a name must be is one. true and false are 1 and 0.
 
 A text goes through a lexer (`tokenize_filter`), a recursive-descent parser (`parse_filter`) and an evaluator
-(`matching_rows`), which intersects sets of row numbers; every value of the filter is a bound SQL parameter.
+(`matching_rows`), which joins bitmaps of rows, stored ones (`vlm.index.row_bitmaps`) or those of facts; every value of
+the filter is a bound SQL parameter.
 
     or        = and ("or" and)*
     and       = not ("and" not)*
@@ -34,13 +35,15 @@ from dataclasses import field as attribute
 from datetime import UTC, datetime
 from itertools import chain
 from textwrap import shorten
-from typing import Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
 import numpy as np
+from pyroaring import BitMap
 
 from vlm.config import suggest
 from vlm.errors import UsageError
 from vlm.index.metadata import KEY, LONGEST_TEXT, FieldType, FieldValue, field_types, sanitize_text
+from vlm.index.row_bitmaps import fetch_bitmap, plain_cursor, row_ids
 from vlm.tensor_types import Array, Int64
 
 _ISO_TIME = re.compile(
@@ -378,24 +381,24 @@ class _Parser:
         raise UsageError(f"The filter, at column {self._token.column}: expected {expected}, found {actual}.")
 
 
-RowIds = Int64[Array, " _"]
-
 # up to so many allowed rows become part of a query; with more, sets are intersected afterwards
 _FEW_ROWS = 10_000
 # the conditions of an `and` are ordered by how many metadata values they read, counted up to here
 _COST_LIMIT = 20_000
 _EQUAL = "value = ?"
-# SQLite sorts numbers before texts
-_IS_NUMBER = "value < ''"
-_IS_TEXT = "value >= ''"
 
 
 def matching_rows(
-    database: sqlite3.Connection, condition: Condition, *, optional_fields: Collection[str] = ()
+    database: sqlite3.Connection,
+    condition: Condition,
+    *,
+    optional_fields: Collection[str] = (),
+    use_bitmaps: bool = False,
 ) -> Int64[Array, " N"]:
     """The numbers of the rows that a condition selects, ascending, live and deleted ones alike.
 
     optional_fields: may be named although no row has them, and then match none.
+    use_bitmaps: read those that the database has (`vlm.index.row_bitmaps`) instead of most facts.
 
     Raises:
         UsageError: it names a field that no row has (but `is missing` may name one that is always null, or that only
@@ -409,7 +412,7 @@ def matching_rows(
     for name in check_fields(condition, types, fields, optional_fields):
         # no field has this number, and so no value
         fields.setdefault(name, -1)
-    return _Evaluator(database, fields).rows(condition)
+    return row_ids(_Evaluator(database, fields, use_bitmaps).rows(condition))
 
 
 def check_fields(
@@ -469,16 +472,17 @@ class _Evaluator:
 
     database: sqlite3.Connection
     fields: dict[str, int]
+    use_bitmaps: bool
 
-    def rows(self, condition: Condition, allowed_rows: RowIds | None = None) -> RowIds:
-        """The rows selected, or those of them in `allowed_rows`; ascending."""
+    def rows(self, condition: Condition, allowed_rows: BitMap | None = None) -> BitMap:
+        """The rows selected, or those of them in `allowed_rows`."""
         match condition:
             case Not(IsNull() as predicate):
-                return self._rows_with_field(predicate.field, "TRUE", (), allowed_rows)
+                return self._rows_with_field(predicate.field, allowed_rows)
             case Not(inner):
                 # rows without the field are included, as the complement of all rows
-                everything = self._all_rows() if allowed_rows is None else allowed_rows
-                return np.setdiff1d(everything, self.rows(inner, allowed_rows), assume_unique=True)
+                everything = self._rows_with_field(KEY, None) if allowed_rows is None else allowed_rows
+                return everything - self.rows(inner, allowed_rows)
             case IsNull():
                 # the complement of the rows that have the field; `Not(IsNull)` itself is a single query
                 return self.rows(Not(Not(condition)), allowed_rows)
@@ -486,55 +490,116 @@ class _Evaluator:
                 # the cheapest first, so that the others are asked about few rows
                 for part in sorted(parts, key=self._estimated_cost):
                     allowed_rows = self.rows(part, allowed_rows)
-                    if not len(allowed_rows):
+                    if not allowed_rows:
                         break
-                return self._all_rows() if allowed_rows is None else allowed_rows
+                return self._rows_with_field(KEY, None) if allowed_rows is None else allowed_rows
             case Or(parts):
-                return _sorted_set(np.concatenate([self.rows(part, allowed_rows) for part in parts]))
-        sql, values = _predicate_sql(condition)
-        return self._rows_with_field(condition.field, sql, values, allowed_rows)
+                return BitMap().union(*(self.rows(part, allowed_rows) for part in parts))
+        if self.use_bitmaps:
+            rows = self._rows_by_bitmaps(condition, allowed_rows)
+            return rows if allowed_rows is None else rows & allowed_rows
+        return self._rows_by_facts(condition.field, *_predicate_sql(condition), allowed_rows)
 
-    def _all_rows(self) -> RowIds:
-        return self._rows_with_field(KEY, "TRUE", (), None)
+    def _rows_with_field(self, field: str, allowed_rows: BitMap | None) -> BitMap:
+        if not self.use_bitmaps:
+            return self._rows_by_facts(field, "TRUE", (), allowed_rows)
+        stored = self._query("SELECT rows FROM bitmaps WHERE field = ?", self.fields[field])
+        rows = BitMap().union(*(BitMap.deserialize(span) for (span,) in stored))
+        return rows if allowed_rows is None else rows & allowed_rows
 
-    def _rows_with_field(
-        self, field: str, predicate_sql: str, values: tuple[FieldValue, ...], allowed_rows: RowIds | None
-    ) -> RowIds:
+    def _rows_by_bitmaps(self, predicate: IsIn | Compare | Like, allowed_rows: BitMap | None) -> BitMap:
+        """The rows of the spans that are selected whole, and those that the facts of other spans select."""
+        if isinstance(predicate, IsIn) and not _is_scan(predicate):
+            return self._rows_with_values(predicate, allowed_rows)
+        sql, values = _predicate_sql(predicate)
+        bitmaps: list[BitMap] = []
+        # one statement, as a writer may divide a span between two; facts of rows that this version sees are never
+        # removed, so they may be read after it
+        for low, high, stored in self._selected_spans(predicate):
+            if stored is not None:
+                bitmaps.append(BitMap.deserialize(stored))
+            else:
+                within = f"{sql} AND value >= ? AND value <= ?"
+                bitmaps.append(self._rows_by_facts(predicate.field, within, (*values, low, high), None))
+        return BitMap().union(*bitmaps)
+
+    def _selected_spans(self, predicate: IsIn | Compare | Like) -> list[tuple[FieldValue, FieldValue, bytes | None]]:
+        """The least and greatest value of each span that may hold a selected value; its bitmap if all are."""
+        at_low, values = _predicate_sql(predicate, "low")
+        at_high, _ = _predicate_sql(predicate, "high")
+        if _is_scan(predicate):
+            # what sorts otherwise than it is compared is sure only of a single value
+            is_whole, is_possible = f"low = high AND {at_low}", f"(low < high OR {at_low})"
+            parameters = values
+        else:
+            # true from some value on or up to one: of a span of which both ends are selected, all is
+            is_whole, is_possible = f"{at_low} AND {at_high}", f"({at_low} OR {at_high})"
+            parameters = values * 2
+        query = f"SELECT low, high, CASE WHEN {is_whole} THEN rows END FROM bitmaps WHERE {is_possible} AND field = ?"
+        return self._query(query, *parameters, *parameters, self.fields[predicate.field])
+
+    def _rows_with_values(self, predicate: IsIn, allowed_rows: BitMap | None) -> BitMap:
+        at_low, values = _predicate_sql(predicate, "low")
+        query = f"SELECT low, rows FROM bitmaps WHERE field = ? AND low = high AND {at_low}"
+        bitmaps: list[BitMap] = []
+        frequent: set[FieldValue] = set()
+        for low, stored in self._query(query, self.fields[predicate.field], *values):
+            frequent.add(low)
+            bitmaps.append(BitMap.deserialize(stored))
+        # of the others there are few facts, which the primary key finds
+        if rare := tuple(value for value in values if value not in frequent):
+            sql, _ = _predicate_sql(IsIn(field=predicate.field, values=rare))
+            bitmaps.append(self._rows_by_facts(predicate.field, sql, rare, allowed_rows))
+        return BitMap().union(*bitmaps)
+
+    def _rows_by_facts(
+        self, field: str, predicate_sql: str, values: tuple[FieldValue, ...], allowed_rows: BitMap | None
+    ) -> BitMap:
         sql = f"SELECT row FROM facts WHERE field = ? AND {predicate_sql}"
-        if allowed_rows is None:
-            return self._fetch(sql, self.fields[field], *values)
-        if len(allowed_rows) > _FEW_ROWS:
-            rows = self._fetch(sql, self.fields[field], *values)
-            return np.intersect1d(rows, allowed_rows, assume_unique=True)
-        # for one value the primary key finds each allowed row; for a range it would be read again for each of them, so
-        # the + takes this index away from SQLite
-        row = "row" if predicate_sql == _EQUAL else "+row"
-        sql += f" AND {row} IN (SELECT value FROM json_each(?))"
-        return self._fetch(sql, self.fields[field], *values, json.dumps(allowed_rows.tolist()))
+        parameters = (self.fields[field], *values)
+        if allowed_rows is not None and len(allowed_rows) <= _FEW_ROWS:
+            # for one value the primary key finds each allowed row; for a range it would be read again for each of
+            # them, so the + takes this index away from SQLite
+            row = "row" if predicate_sql == _EQUAL else "+row"
+            sql += f" AND {row} IN (SELECT value FROM json_each(?))"
+            parameters = (*parameters, json.dumps(row_ids(allowed_rows).tolist()))
+        self._define_functions(sql)
+        rows = fetch_bitmap(self.database, sql, *parameters)
+        return rows if allowed_rows is None else rows & allowed_rows
 
-    def _fetch(self, sql: str, *values: FieldValue) -> RowIds:
-        # plain tuples: the connection's row objects would cost more than the query
+    def _query(self, sql: str, *parameters: FieldValue) -> list[Any]:
+        self._define_functions(sql)
+        return plain_cursor(self.database).execute(sql, parameters).fetchall()
+
+    def _define_functions(self, sql: str) -> None:
         if "instant(" in sql:
             self.database.create_function("instant", 1, instant_of, deterministic=True)
-        cursor = self.database.cursor()
-        cursor.row_factory = None
-        return _sorted_set(np.fromiter(chain.from_iterable(cursor.execute(sql, values)), np.int64))
 
     def _estimated_cost(self, condition: Condition) -> int:
         """About how many metadata values a condition reads, counted only as far as that is cheap."""
         match condition:
-            # these read all values of a field, or all rows
-            case Not() | IsNull() | Like():
-                return _COST_LIMIT
-            case IsIn() | Compare() if times_with_zone(condition):
+            case IsIn() | Compare() | Like() if _is_scan(condition):
                 return _COST_LIMIT
             case And(parts):
                 return min(map(self._estimated_cost, parts))
             case Or(parts):
                 return sum(map(self._estimated_cost, parts))
+            case Not(inner) if self.use_bitmaps:
+                # after what is selected, of which it is a part: the complement of all rows costs more
+                return max(1, self._estimated_cost(inner))
+            case IsIn() | Compare() | IsNull() if self.use_bitmaps:
+                return 0
+            case Not() | IsNull():
+                # these read all values of a field, or all rows
+                return _COST_LIMIT
         predicate_sql, values = _predicate_sql(condition)
         sql = f"SELECT count(*) FROM (SELECT 1 FROM facts WHERE field = ? AND {predicate_sql} LIMIT {_COST_LIMIT})"
         return self.database.execute(sql, (self.fields[condition.field], *values)).fetchone()[0]
+
+
+def _is_scan(predicate: IsIn | Compare | Like) -> bool:
+    """Whether a predicate reads all values of its field, as texts do not sort as it compares them."""
+    return isinstance(predicate, Like) or bool(times_with_zone(predicate))
 
 
 def times_with_zone(predicate: Predicate) -> tuple[str, ...]:
@@ -548,29 +613,26 @@ def _marks(values: Sequence[FieldValue]) -> str:
     return ", ".join("?" * len(values))
 
 
-def _sorted_set(rows: RowIds) -> RowIds:
-    """As np.unique, but faster where most rows are in order already."""
-    rows = np.sort(rows, kind="stable")
-    return rows[np.diff(rows, prepend=-1) > 0]
-
-
-def _predicate_sql(predicate: IsIn | Compare | Like) -> tuple[str, tuple[FieldValue, ...]]:
-    """The predicate on a metadata value in SQL, and the values of its parameters."""
+def _predicate_sql(predicate: IsIn | Compare | Like, column: str = "value") -> tuple[str, tuple[FieldValue, ...]]:
+    """The predicate on a metadata value in SQL, and the values of its parameters. column: that has the value."""
     instants = times_with_zone(predicate)
+    # SQLite sorts numbers before texts
+    is_text = f"{column} >= ''"
     match predicate:
         case IsIn(values=values) if instants:
             others = tuple(value for value in values if value not in instants)
-            marks = f"instant(value) IN ({_marks(instants)})"
+            marks = f"instant({column}) IN ({_marks(instants)})"
             if others:
-                marks = f"({marks} OR value IN ({_marks(others)}))"
+                marks = f"({marks} OR {column} IN ({_marks(others)}))"
             return marks, (*map(str, map(instant_of, instants)), *others)
         case Compare(operator=operator) if instants:
-            return f"instant(value) {operator} ? AND {_IS_TEXT}", (str(instant_of(instants[0])),)
+            return f"instant({column}) {operator} ? AND {is_text}", (str(instant_of(instants[0])),)
         case IsIn(values=values):
-            return (_EQUAL if len(values) == 1 else f"value IN ({_marks(values)})"), values
+            return (f"{column} = ?" if len(values) == 1 else f"{column} IN ({_marks(values)})"), values
         case Compare(operator=operator, value=value):
-            return f"value {operator} ? AND {_IS_TEXT if isinstance(value, str) else _IS_NUMBER}", (value,)
+            of_its_type = is_text if isinstance(value, str) else f"{column} < ''"
+            return f"{column} {operator} ? AND {of_its_type}", (value,)
         case Like(pattern=pattern):
             # _ is a wildcard of SQL, but not of the filter language
             escaped = pattern.replace("\\", "\\\\").replace("_", "\\_")
-            return f"value LIKE ? ESCAPE '\\' AND {_IS_TEXT}", (escaped,)
+            return f"{column} LIKE ? ESCAPE '\\' AND {is_text}", (escaped,)

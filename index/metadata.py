@@ -42,8 +42,10 @@ _DEEPEST = 8
 _FROM_CAPTIONS = ("captions", "caption_weights")
 
 
-def insert_metadata_fields(database: sqlite3.Connection, rows: Sequence[tuple[int, Origin]]) -> None:
-    """Insert the metadata of numbered rows; nothing is committed.
+def insert_metadata_fields(
+    database: sqlite3.Connection, rows: Sequence[tuple[int, Origin]]
+) -> list[tuple[str, FieldValue, int]]:
+    """Insert the metadata of numbered rows as (field, value, row) triples, and return these; nothing is committed.
 
     Null has no value here, but its field's name is stored, so that a filter may ask whether it is missing.
     """
@@ -56,6 +58,7 @@ def insert_metadata_fields(database: sqlite3.Connection, rows: Sequence[tuple[in
         for name, value in metadata_fields(origin):
             values.append((name, value, row))
     insert_field_values(database, values, empty_fields=empty_fields)
+    return values
 
 
 def insert_field_values(

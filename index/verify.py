@@ -32,7 +32,7 @@ _MAX_TRIES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What is wrong, and in which part: files, catalogue, joins, vectors, facts, map or distances."""
+    """What is wrong, and in which part: files, catalogue, joins, vectors, facts, bitmaps, map, distances."""
 
     part: str
     what: str
@@ -129,6 +129,7 @@ def _catalogue_faults(path: Path) -> Iterator[str]:
 def _content_faults(snapshot: IndexSnapshot, rng: np.random.Generator, sample: int) -> list[Fault]:
     faults = _faults("joins", _join_faults(snapshot))
     faults += _faults("facts", _metadata_faults(snapshot, rng, sample))
+    faults += _faults("bitmaps", snapshot.catalogue.bitmap_faults())
     faults += _faults("map", _map_faults(snapshot))
     num_stored = sum(len(view.segment) for view in snapshot.views)
     for view in snapshot.views:

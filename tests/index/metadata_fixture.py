@@ -7,6 +7,7 @@ from typing import Any
 from tests.index.origin_fixture import make_origin
 from vlm.index.filter_language import matching_rows, parse_filter
 from vlm.index.metadata import SCHEMA, insert_metadata_fields
+from vlm.index.row_bitmaps import write_bitmaps
 
 Metadata = dict[str, Any]
 
@@ -19,6 +20,13 @@ def open_facts(rows: Sequence[Metadata]) -> sqlite3.Connection:
     return database
 
 
-def chosen(database: sqlite3.Connection, text: str) -> list[int]:
+def open_bitmaps(rows: Sequence[Metadata], *, facts_per_bitmap: int) -> sqlite3.Connection:
+    """The same with bitmaps."""
+    database = open_facts(rows)
+    write_bitmaps(database, facts_per_bitmap=facts_per_bitmap)
+    return database
+
+
+def chosen(database: sqlite3.Connection, text: str, *, use_bitmaps: bool = False) -> list[int]:
     """The rows of a filter."""
-    return matching_rows(database, parse_filter(text)).tolist()
+    return matching_rows(database, parse_filter(text), use_bitmaps=use_bitmaps).tolist()

@@ -2,7 +2,7 @@ import sqlite3
 
 import pytest
 
-from tests.index.metadata_fixture import Metadata, chosen, open_facts
+from tests.index.metadata_fixture import Metadata, chosen, open_bitmaps, open_facts
 from vlm.errors import UsageError
 from vlm.index.filter_language import LONGEST_FILTER, And, Compare, IsIn, IsNull, Like, Not, Or, parse_filter
 
@@ -110,7 +110,8 @@ TIMES: list[Metadata] = [
 )
 def test_times_with_a_zone_are_compared_as_instants(text: str, rows: list[int]) -> None:
     """Texts alone, 08:30+09:00 and 23:30Z of the day before would differ, and sort by the clock on the wall."""
-    assert chosen(open_facts(TIMES), text) == rows
+    database = open_bitmaps(TIMES, facts_per_bitmap=3)
+    assert chosen(database, text) == chosen(database, text, use_bitmaps=True) == rows
 
 
 def test_a_filter_is_read_as_it_is_meant() -> None:

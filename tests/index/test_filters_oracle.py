@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.index.metadata_fixture import Metadata, chosen, open_facts
+from tests.index.metadata_fixture import Metadata, chosen, open_bitmaps, open_facts
 from vlm.errors import UsageError
 
 NUMBERS = st.sampled_from([0, 1, -1, 2, 0.5, 1.0, 2**62, 2**62 + 1, float(2**62)])
@@ -101,13 +101,16 @@ CONDITIONS = st.recursive(leaf_conditions(), joined, max_leaves=6)
 BOTH_KINDS: Metadata = {name: [7, "seven"] for name in "xyz"}
 
 
-@settings(deadline=None, max_examples=300)
-@given(rows=ROWS, condition=CONDITIONS)
-def test_a_filter_chooses_what_python_would(rows: list[Metadata], condition: tuple[str, Predicate]) -> None:
+@settings(deadline=None, max_examples=250)
+@given(rows=ROWS, condition=CONDITIONS, facts_per_bitmap=st.integers(1, 5))
+def test_a_filter_chooses_what_python_would(
+    rows: list[Metadata], condition: tuple[str, Predicate], facts_per_bitmap: int
+) -> None:
     text, fits = condition
     rows = [BOTH_KINDS, *rows]
     expected = [row for row, metadata in enumerate(rows) if fits(metadata)]
-    assert chosen(open_facts(rows), text) == expected
+    database = open_bitmaps(rows, facts_per_bitmap=facts_per_bitmap)
+    assert chosen(database, text) == chosen(database, text, use_bitmaps=True) == expected
 
 
 def _many_rows() -> list[Metadata]:
@@ -126,7 +129,7 @@ MANY_ROWS = _many_rows()
 
 @pytest.fixture(scope="module")
 def many() -> sqlite3.Connection:
-    return open_facts(MANY_ROWS)
+    return open_bitmaps(MANY_ROWS, facts_per_bitmap=4096)
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +137,14 @@ def few() -> sqlite3.Connection:
     return open_facts([{"width": 5, "language": "en"}, {"width": "5"}])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 @given(condition=CONDITIONS)
 def test_sets_too_large_to_hand_on_are_joined_as_python_would(
     many: sqlite3.Connection, condition: tuple[str, Predicate]
 ) -> None:
     text, fits = condition
     expected = [row for row, metadata in enumerate(MANY_ROWS) if fits(metadata)]
-    assert chosen(many, text) == expected
+    assert chosen(many, text) == chosen(many, text, use_bitmaps=True) == expected
 
 
 PIECES = [
