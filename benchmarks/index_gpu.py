@@ -21,8 +21,8 @@ import tyro
 from vlm.cli.main import print_error
 from vlm.console import show_json, show_table
 from vlm.errors import UsageError
-from vlm.index.ann.faiss_search import load_faiss
-from vlm.index.ann.gpu import CopyToGpu, find_gpu, gpu_unavailable_reason, gpu_unsupported_reason, make_add_function
+from vlm.index.ann.faiss_search import CopyToGpu, find_gpu, gpu_unavailable_reason, load_faiss
+from vlm.index.ann.gpu import gpu_unsupported_reason, make_add_function
 from vlm.index.ann.index_types import INDEX_TYPES, TuningParams
 from vlm.index.autotune.query_sampling import QuerySet, SampledRows
 from vlm.tensor_types import Array, Float32

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -202,11 +202,13 @@ def _receive(
     numbers: range,
 ) -> Generator[BatchT, None, None]:
     """The batches, or the error that ended a worker; shards needed soon are fetched meanwhile."""
+    # nothing is fetched of shards that are read where they lie
     is_any_cached = any(map(needs_cache, shard_set.shards))
+    fetching = Prefetcher(shard_set.cache, shard_set.shards) if is_any_cached else nullcontext()
     # without workers this process reads the shards itself; a service streams batches as long as it lives
-    with closing(shard_set), Prefetcher(shard_set.cache, shard_set.shards) as prefetcher:
+    with closing(shard_set), fetching as prefetcher:
         for number in numbers:
-            if is_any_cached:
+            if prefetcher is not None:
                 prefetcher.request(plan.upcoming_shards(number))
             batch = _next(produced)
             if isinstance(batch, _WorkerError):

@@ -590,12 +590,12 @@ _CLOSING_SECONDS = 5.0
 class Prefetcher:
     """Fetches the shards that will be needed into the cache, in order, on a few threads of this process.
 
-    urls: all shards; local ones cost nothing. Failures are not reported here: the reader meets
-    them itself when it comes to that shard.
+    cache: None takes the default one. urls: all shards; local ones cost nothing. Failures are not reported here: the
+    reader meets them itself when it comes to that shard.
     """
 
-    def __init__(self, cache: ShardCache, urls: Sequence[str], *, threads: int = 4) -> None:
-        self._cache = cache
+    def __init__(self, cache: ShardCache | None, urls: Sequence[str], *, threads: int = 4) -> None:
+        self._cache = cache or default_cache()
         self._urls = tuple(urls)
         self._num_threads = threads
         self._cached = frozenset(number for number, url in enumerate(urls) if needs_cache(url))

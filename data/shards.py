@@ -8,6 +8,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -16,7 +17,7 @@ from braceexpand import braceexpand
 
 from vlm.console import track
 from vlm.data.samples import Sample, SampleIndex
-from vlm.data.shard_cache import Prefetcher, ShardCache, default_cache
+from vlm.data.shard_cache import Prefetcher, ShardCache
 from vlm.data.tar import ShardReader, TarIndex, open_index
 from vlm.errors import UsageError, VlmError
 from vlm.files import compute_fingerprint
@@ -270,7 +271,7 @@ class ShardSet:
 
     def __init__(self, shards: Sequence[str], cache: ShardCache | None = None) -> None:
         self.shards = tuple(shards)
-        self.cache = cache or default_cache()
+        self.cache = cache
         self._open: dict[int, ShardReader] = {}
 
     def allocate_images(self, shape: tuple[int, ...]) -> UInt8[Array, "..."]:
@@ -347,13 +348,14 @@ def batches_by_threads(
             opened.append(of_thread.shards)
         return collate(plan[number], of_thread.shards)
 
-    is_any_cached = any(map(needs_cache, shards))
+    # nothing is fetched of shards that are read where they lie
+    fetching = Prefetcher(None, tuple(shards)) if any(map(needs_cache, shards)) else nullcontext()
     pending: deque[Future[BatchT]] = deque()
     pool = ThreadPoolExecutor(threads, "batches") if threads else None
     try:
-        with Prefetcher(default_cache(), tuple(shards)) as prefetcher:
+        with fetching as prefetcher:
             for number in numbers:
-                if is_any_cached:
+                if prefetcher is not None:
                     prefetcher.request(plan.upcoming_shards(number))
                 if pool is None:
                     yield make(number)

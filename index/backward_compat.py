@@ -22,13 +22,13 @@ from vlm.evaluation.retrieval_metrics import RetrievalResult, measure_retrieval
 from vlm.files import atomic_folder, check_not_exists, compute_fingerprint
 from vlm.index.ann.index_types import TuningParams, fall_back_to_flat
 from vlm.index.catalog import write_catalogue
-from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, sorted_checksums
+from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace
 from vlm.index.ids import UID_COLUMN
 from vlm.index.index_files import FIRST_VERSION, IndexDetails, catalogue_file
 from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.segments import WrittenSegment, write_segment
 from vlm.index.writer import iter_live_blocks
-from vlm.manifest import write_manifest
+from vlm.manifest import sorted_checksums, write_manifest
 from vlm.model_spec import absolute_spec
 from vlm.models.variants import CompatibilityProjection
 from vlm.results import Result

@@ -31,7 +31,6 @@ from vlm.data.selection import Selection
 from vlm.data.shards import absolute_shard, count_samples, shards_fingerprint
 from vlm.data.tar import Span, TarIndex, open_index
 from vlm.errors import UsageError, VlmError
-from vlm.index.embedding_speed import compile_encoder, find_fastest_batch_size
 from vlm.index.embeddings_folder import (
     FLOAT16,
     EmbeddingSpace,
@@ -41,16 +40,16 @@ from vlm.index.embeddings_folder import (
     SkippedSampleRecord,
     VectorStorage,
     check_compatible,
+    check_unit_norm,
     exclusive_lock,
-    first_mismatch,
     part_name,
     remove_leftovers,
     save_batch_size,
     saved_batch_size,
 )
-from vlm.index.encoder import Encoder, check_unit_norm
+from vlm.index.encoder import Encoder, compile_encoder, find_fastest_batch_size
 from vlm.index.ids import UidAssigner
-from vlm.manifest import Manifest, is_complete, mark_unfinished, read_manifest
+from vlm.manifest import Manifest, first_mismatch, is_complete, mark_unfinished, read_manifest
 from vlm.model_spec import absolute_spec
 from vlm.results import Result
 from vlm.tensor_types import Array, Float32

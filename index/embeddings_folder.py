@@ -27,10 +27,12 @@ from vlm.manifest import (
     FileRecord,
     Manifest,
     begin_or_resume_folder,
+    check_files,
     damage_as_error,
     is_complete,
     read_manifest,
     record_file,
+    sorted_checksums,
     write_manifest,
 )
 from vlm.tensor_types import Array, Float, Float32, Int, Int64, UInt8
@@ -643,33 +645,19 @@ def find_non_unit_rows(vectors: Float32[Array, "N D"]) -> tuple[Int64[Array, " M
     return wrong, lengths[wrong]
 
 
-def check_files(folder: Path, files: dict[str, FileRecord], *, verify: bool, cure: str) -> None:
-    """Compare a folder's files with its manifest: sizes, and with `verify` checksums.
+def check_unit_norm(vectors: Float32[Array, "N D"], names: Sequence[str]) -> None:
+    """Refuse vectors that cannot be compared by cosine.
 
     Raises:
-        VlmError: a file is missing or differs; the message ends with the cure.
+        VlmError: a vector is not finite or not of length 1; `names` says whose it is.
     """
-    if fault := first_mismatch(folder, files, verify=verify):
-        raise VlmError(f"{fault}; {cure}.")
-
-
-def first_mismatch(folder: Path, files: dict[str, FileRecord], *, verify: bool) -> str:
-    """What is wrong with the first file that differs from its record in the manifest; empty if none does."""
-    for name, record in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if (size := path.stat().st_size) != record.bytes:
-            return f"{path} is damaged: {size:,} bytes, {record.bytes:,} were written"
-        # last: a checksum reads the whole file
-        if verify and sha256_file(path) != record.sha256:
-            return f"{path} is damaged: its checksum is not the one it was written with"
-    return ""
-
-
-def sorted_checksums(files: dict[str, FileRecord]) -> list[str]:
-    """The checksums of files in the order of their names, as fingerprints are computed from them."""
-    return [files[name].sha256 for name in sorted(files)]
+    wrong, lengths = find_non_unit_rows(vectors)
+    if len(wrong):
+        raise VlmError(
+            f"The model gave a vector of length {lengths[0]:.4g} for {names[wrong[0]]!r} ({len(wrong)} such of "
+            f"{len(vectors)} in this batch); 1 was expected. Its weights are damaged or its training diverged: "
+            "use another checkpoint."
+        )
 
 
 def check_compatible(folder: Path, identity: dict[str, Any], *, kind: str = "embeddings") -> Manifest:

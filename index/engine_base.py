@@ -1,7 +1,7 @@
-"""What an index gives, whichever engine holds its rows: an open index, a snapshot of a version, its catalogue.
+"""The engine of an index, whichever has its rows: an open index, a snapshot of a version, its catalogue.
 
 FAISS keeps the rows in the index folder (`vlm.index.reader`), Milvus in a collection (`vlm.index.milvus`).
-`vlm.index.engines` opens an index by the engine that its manifest names.
+The manifest names the engine: every command and call that takes an index folder opens it by `open_engine_index` here.
 """
 
 import os
@@ -12,19 +12,26 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import inf
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import numpy as np
 
 from vlm.errors import UsageError
+from vlm.index.ann.faiss_search import CopyToGpu
 from vlm.index.embeddings_folder import Modality, Origin
 from vlm.index.facets import FieldSummary, ValueCount
 from vlm.index.filter_language import Condition
 from vlm.index.index_files import EngineDetails
-from vlm.manifest import MANIFEST, Manifest
+from vlm.manifest import MANIFEST, Manifest, read_manifest
 from vlm.results import Result
 from vlm.tensor_types import Array, Float, Float32, Int64
 
+# imported where they are used: a search needs neither a writer nor a check
+if TYPE_CHECKING:
+    from vlm.index.engine_writer import EngineWriter
+    from vlm.index.verify import CheckReport
+
+Engine = Literal["faiss", "milvus"]
 ScoredRows = tuple[Float32[Array, "Q _"], Int64[Array, "Q _"]]
 """Cosines, best first, and rows; where there are fewer, the score is -inf and the row -1."""
 
@@ -409,3 +416,77 @@ def normalize_queries(queries: Float[Array, "Q D"], top: int, dimension: int) ->
         wrong = int(np.argmin((squares > 0) & (squares < np.inf)))
         raise UsageError(f"Query {wrong} has length {np.sqrt(squares[wrong])}: it must be finite and not zero.")
     return vectors / np.sqrt(squares)[:, None]
+
+
+def engine_of(folder: Path) -> Engine:
+    """The engine of a finished index folder.
+
+    Raises:
+        UsageError: there is no index, or one of an engine that this version does not know.
+    """
+    engine = read_manifest(folder, "index").details.get("engine", "faiss")
+    if engine not in ("faiss", "milvus"):
+        raise UsageError(f"{folder} has the engine {engine!r}, this version knows faiss and milvus: use a newer vlm.")
+    return cast(Engine, engine)
+
+
+def open_engine_index(folder: Path, *, gpu: CopyToGpu | None = None) -> EngineIndex[Any]:
+    """Open an index folder by its engine.
+
+    gpu: as of `Index.open`; Milvus searches where its server runs, whatever is said here.
+
+    Raises:
+        UsageError: there is no finished index. VlmError: it is damaged, or its server cannot be reached.
+    """
+    # here, since what an engine's own modules build on must not import them
+    if engine_of(folder) == "faiss":
+        from vlm.index.reader import Index
+
+        return Index.open(folder, gpu=gpu)
+    from vlm.index.milvus.milvus_reader import MilvusIndex
+
+    return MilvusIndex.open(folder)
+
+
+def open_writer(folder: Path) -> "EngineWriter":
+    """The writer of an index folder, by its engine.
+
+    Raises:
+        UsageError: there is another writer, or no index. VlmError: it is damaged, or its server cannot be reached.
+    """
+    if engine_of(folder) == "faiss":
+        from vlm.index.writer import IndexWriter
+
+        return IndexWriter(folder)
+    from vlm.index.milvus.milvus_writer import MilvusWriter
+
+    return MilvusWriter(folder)
+
+
+def check_index(folder: Path, *, sample: int = 1000, seed: int = 0) -> "CheckReport":
+    """Read and check a whole index, by its engine.
+
+    sample: number of rows whose metadata and distances are computed again.
+
+    Raises:
+        UsageError: there is no index. VlmError: its manifest is damaged, or its server cannot be reached.
+    """
+    if engine_of(folder) == "faiss":
+        from vlm.index import verify
+
+        return verify.check_index(folder, sample=sample, seed=seed)
+    from vlm.index.milvus.milvus_verify import check_milvus_index
+
+    return check_milvus_index(folder, sample=sample, seed=seed)
+
+
+def require_faiss(folder: Path, what: str) -> None:
+    """Refuse what only FAISS can do, before any work.
+
+    what: needs it, as the message begins.
+
+    Raises:
+        UsageError: the index has another engine.
+    """
+    if engine_of(folder) != "faiss":
+        raise UsageError(f"{what} needs the rows of a FAISS index; those of {folder} are kept by Milvus.")

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from vlm.errors import VlmError
-from vlm.index.ann.gpu import CopyToGpu
+from vlm.index.ann.faiss_search import CopyToGpu
 from vlm.index.ann.index_types import resolve_index_type
 from vlm.index.catalog import Catalogue
-from vlm.index.embeddings_folder import Origin, check_files
+from vlm.index.embeddings_folder import Origin
 from vlm.index.engine_base import (
     EngineIndex,
     EngineSnapshot,
@@ -30,7 +30,7 @@ from vlm.index.engine_base import (
 )
 from vlm.index.index_files import REBUILD_HINT, IndexDetails, Segment, read_previous
 from vlm.index.segments import SegmentReader, SegmentView, nearest, open_array
-from vlm.manifest import FileRecord, Manifest, read_manifest
+from vlm.manifest import FileRecord, Manifest, check_files, read_manifest
 from vlm.tensor_types import Array, Float32, Int64
 
 logger = logging.getLogger(__name__)

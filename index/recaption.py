@@ -35,16 +35,23 @@ from vlm.index.embeddings_folder import (
     begin_or_resume,
     check_compatible,
     exclusive_lock,
-    first_mismatch,
     part_name,
     read_marker,
     remove_leftovers,
-    sorted_checksums,
     write_marker,
 )
-from vlm.manifest import FileRecord, Manifest, is_complete, mark_unfinished, record_file, write_manifest
+from vlm.manifest import (
+    FileRecord,
+    Manifest,
+    first_mismatch,
+    is_complete,
+    mark_unfinished,
+    record_file,
+    sorted_checksums,
+    write_manifest,
+)
 from vlm.model_spec import absolute_spec
-from vlm.models.decoding_options import GREEDY, DecodingOptions
+from vlm.models.decoding_options import DecodingOptions
 from vlm.models.model import VisionLanguageModel
 from vlm.results import Result
 
@@ -65,7 +72,7 @@ class RecaptionOptions:
     """
 
     model_spec: str
-    decoding: DecodingOptions = GREEDY
+    decoding: DecodingOptions = field(default_factory=DecodingOptions)
     batch_size: int = 64
     workers: int = 0
     allow_damage: bool = False

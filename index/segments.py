@@ -1,9 +1,9 @@
 """Segments: the immutable pieces of an index, how they are written and how they are searched.
 
 A segment is three files: the rows as float16, the FAISS index trained on them, and the catalogue's row number of each
-position; a fourth names equal rows, if there are any. `write_segment` writes them, `SegmentReader` maps them, a
-`SegmentView` is a segment with the positions that a search may return (live and allowed by the filter), and `nearest`
-searches all views of an index.
+position; a fourth names the rows that are equal in every bit, if there are any. `write_segment` writes them,
+`SegmentReader` maps them, a `SegmentView` is a segment with the positions that a search may return (live and allowed by
+the filter), and `nearest` searches all views of an index.
 
 The search plan, which never returns fewer results than there are:
 
@@ -28,7 +28,9 @@ from vlm.console import progress
 from vlm.errors import VlmError
 from vlm.files import atomic_write
 from vlm.index.ann.faiss_search import (
+    CopyToGpu,
     effort_limit,
+    find_gpu,
     load_faiss,
     make_search_function,
     num_candidates,
@@ -37,20 +39,23 @@ from vlm.index.ann.faiss_search import (
     set_search_effort,
     to_float32,
 )
-from vlm.index.ann.gpu import MAX_GPU_RESULTS, CopyToGpu, find_gpu, gpu_unsupported_reason, make_add_function
+from vlm.index.ann.gpu import MAX_GPU_RESULTS, gpu_unsupported_reason, make_add_function
 from vlm.index.ann.index_types import INDEX_TYPES, TuningParams
-from vlm.index.duplicate_rows import DuplicateRows, find_duplicate_rows
 from vlm.index.embeddings_folder import Embeddings, find_non_unit_rows, normalize_rows, open_vectors
 from vlm.index.engine_base import ScoredRows
 from vlm.index.index_files import REBUILD_HINT, FailPoint, Segment, no_failpoint, segment_file
 from vlm.manifest import FileRecord, record_file
-from vlm.tensor_types import Array, Bool, Float, Float32, Int64, UInt8
+from vlm.tensor_types import Array, Bool, Float, Float16, Float32, Int64, UInt8, UInt64
 
 if TYPE_CHECKING:
     import faiss
 
 
 _ROWS_AT_ONCE = 65_536
+# values of a row that are compared first; of other rows than copies, few agree in all of them
+_FIRST_VALUES = 16
+_HASHED_AT_ONCE = 8192
+_NOT_REPEATED = -1
 
 
 class Vectors:
@@ -166,7 +171,7 @@ def write_segment(
     # training sees the rows as they are stored, rounded to float16
     gpu = find_gpu()
     prepared = INDEX_TYPES[kind](vectors, tuning, gpu)
-    _add_all(vectors, make_add_function(prepared.index, gpu))
+    _add_all(vectors, make_add_function(prepared.index, gpu) if gpu else prepared.index.add)
 
     duplicates = find_duplicate_rows(vectors.stored)
     segment = Segment(
@@ -547,3 +552,118 @@ def _top_of_block(scores: Float32[Array, "Q N"], rows: Int64[Array, "Q N"], top:
         return _sort_by_score(scores, rows, top)
     highest = np.argpartition(-scores, top - 1, axis=1)[:, :top]
     return np.take_along_axis(scores, highest, axis=1), np.take_along_axis(rows, highest, axis=1)
+
+
+# Of rows with equal scores FAISS keeps any at the end of its results, a graph reaches only some of many equal rows, and
+# codes are cut off in the middle of a group. So rows that are equal in every bit are told apart from the search, when a
+# segment is written: all of a group are results, or those with the lowest numbers, if one is.
+
+
+def find_duplicate_rows(rows: Float16[Array, "N D"]) -> Int64[Array, "M 2"]:
+    """The position of each row that occurs more than once, ascending, and the position of the first row like it."""
+    # all rows by their first values, then what is left by all values: most rows are read in part only
+    candidates = _repeated(_hashes(rows[:, :_FIRST_VALUES]))
+    if not len(candidates):
+        return np.zeros((0, 2), np.int64)
+    hashes = _hashes(rows, candidates)
+    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
+    leaders = candidates[first[group]]
+    # two rows of one hash are nearly always equal, but not always
+    is_equal = np.ones(len(candidates), bool)
+    for begin in range(0, len(candidates), _HASHED_AT_ONCE):
+        block = slice(begin, begin + _HASHED_AT_ONCE)
+        is_equal[block] = (_bits(rows[candidates[block]]) == _bits(rows[leaders[block]])).all(axis=1)
+    candidates = candidates[is_equal]
+    leaders = leaders[is_equal]
+    sizes = np.bincount(leaders)
+    is_repeated = sizes[leaders] > 1
+    return np.stack([candidates[is_repeated], leaders[is_repeated]], axis=1)
+
+
+def _bits(rows: Float16[Array, "N D"]) -> np.ndarray:
+    return np.ascontiguousarray(rows).view(np.uint16)
+
+
+def _hashes(rows: Float16[Array, "N D"], positions: Int64[Array, " M"] | None = None) -> UInt64[Array, " M"]:
+    """A hash of each row, or of those at the positions."""
+    count = len(rows) if positions is None else len(positions)
+    # odd numbers, so that no bit of a value is lost in the product
+    factors = np.random.default_rng(0).integers(0, 2**63, rows.shape[1], np.uint64) * np.uint64(2) + np.uint64(1)
+    hashes = np.zeros(count, np.uint64)
+    for begin in range(0, count, _HASHED_AT_ONCE):
+        block = slice(begin, begin + _HASHED_AT_ONCE)
+        values = _bits(rows[block] if positions is None else rows[positions[block]])
+        hashes[block] = values.astype(np.uint64) @ factors
+    return hashes
+
+
+def _repeated(hashes: UInt64[Array, " N"]) -> Int64[Array, " M"]:
+    """The positions of the hashes that occur more than once, ascending."""
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    is_same = ordered[1:] == ordered[:-1]
+    is_repeated = np.zeros(len(hashes), bool)
+    is_repeated[order[1:]] = is_same
+    is_repeated[order[:-1]] |= is_same
+    return np.flatnonzero(is_repeated)
+
+
+class DuplicateRows:
+    """The groups of equal rows of a segment, as `find_duplicate_rows` gives them."""
+
+    def __init__(self, table: Int64[Array, "M 2"]) -> None:
+        self._positions = np.ascontiguousarray(table[:, 0])
+        self._leaders = np.ascontiguousarray(table[:, 1])
+        # stable: the members of each group stay in ascending order
+        order = np.argsort(self._leaders, kind="stable")
+        self._members = self._positions[order]
+        self._member_leaders = self._leaders[order]
+
+    def leaders_of(self, positions: Int64[Array, "*shape"]) -> Int64[Array, "*shape"]:
+        """The first row equal to each; -1 for rows that occur once."""
+        places = np.minimum(np.searchsorted(self._positions, positions), len(self._positions) - 1)
+        return np.where(self._positions[places] == positions, self._leaders[places], _NOT_REPEATED)
+
+    def complete(
+        self, scores: Float32[Array, "Q K"], positions: Int64[Array, "Q K"], mask: Bool[Array, " N"] | None
+    ) -> tuple[Float32[Array, "Q K"], Int64[Array, "Q K"]]:
+        """Results with all equals of those that are there, best first, ties by position, cut to as many as there were.
+
+        positions: -1 where nothing was found. mask: of the rows that may be results.
+        """
+        leaders = self.leaders_of(positions)
+        has_duplicates = (leaders >= 0).any(axis=1)
+        if not has_duplicates.any():
+            return scores, positions
+        scores = scores.copy()
+        positions = positions.copy()
+        for query in np.flatnonzero(has_duplicates).tolist():
+            scores[query], positions[query] = self._complete(scores[query], positions[query], leaders[query], mask)
+        return scores, positions
+
+    def _complete(
+        self,
+        scores: Float32[Array, " K"],
+        positions: Int64[Array, " K"],
+        leaders: Int64[Array, " K"],
+        mask: Bool[Array, " N"] | None,
+    ) -> tuple[Float32[Array, " K"], Int64[Array, " K"]]:
+        is_single = leaders < 0
+        all_scores = [scores[is_single]]
+        all_positions = [positions[is_single]]
+        # scores descend, so the first of a group is its best: a matrix product may round those of equal rows apart
+        groups, first = np.unique(leaders, return_index=True)
+        for leader, best in zip(groups.tolist(), first.tolist(), strict=True):
+            if leader >= 0:
+                members = self._members_of(leader)
+                members = (members if mask is None else members[mask[members]])[: len(scores)]
+                all_positions.append(members)
+                all_scores.append(np.full(len(members), scores[best]))
+        completed = np.concatenate(all_scores)
+        places = np.concatenate(all_positions)
+        order = np.lexsort((places, -completed))[: len(scores)]
+        return completed[order], places[order]
+
+    def _members_of(self, leader: int) -> Int64[Array, " _"]:
+        begin, end = np.searchsorted(self._member_leaders, [leader, leader + 1])
+        return self._members[begin:end]

@@ -35,7 +35,7 @@ from vlm.index.catalog import (
     update_catalogue,
 )
 from vlm.index.catalog_edits import edit_addresses, edit_metadata
-from vlm.index.embeddings_folder import Origin, check_files, sorted_checksums
+from vlm.index.embeddings_folder import Origin
 from vlm.index.engine_writer import CommitInfo, EngineWriter, InsertBatch
 from vlm.index.index_files import (
     MAPS,
@@ -55,7 +55,16 @@ from vlm.index.index_files import (
 from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.row_map import write_map
 from vlm.index.segments import SegmentReader, SegmentView, WrittenSegment, write_segment
-from vlm.manifest import MANIFEST, FileRecord, Manifest, read_manifest, record_file, write_manifest
+from vlm.manifest import (
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    check_files,
+    read_manifest,
+    record_file,
+    sorted_checksums,
+    write_manifest,
+)
 from vlm.tensor_types import Array, Float, Float32, Int64
 
 

@@ -276,7 +276,7 @@ def _warn_of_sizes(config: TrainConfig, steps: int, num_samples: int, accelerato
         )
 
 
-def open_data(config: TrainConfig, cache: ShardCache, device: torch.device) -> tuple[Corpus, Validation | None]:
+def open_data(config: TrainConfig, cache: ShardCache | None, device: torch.device) -> tuple[Corpus, Validation | None]:
     """What is trained on, and what is measured meanwhile; errors come now rather than at the first evaluation."""
     corpus = open_training_corpus(config, cache)
     if config.loader.decode_on_device:
@@ -290,7 +290,7 @@ def open_data(config: TrainConfig, cache: ShardCache, device: torch.device) -> t
     return corpus, open_validation(config) if measures else None
 
 
-def open_training_corpus(config: TrainConfig, cache: ShardCache) -> Corpus:
+def open_training_corpus(config: TrainConfig, cache: ShardCache | None) -> Corpus:
     """The shards the configuration names, with the order of their samples."""
     corpus = open_corpus(
         read_sources(
@@ -316,8 +316,10 @@ def open_training_corpus(config: TrainConfig, cache: ShardCache) -> Corpus:
     )
 
 
-def resolve_shard_cache(loader: LoaderConfig) -> ShardCache:
-    """Where remote and compressed shards are cached: as configured, else as the environment says."""
+def resolve_shard_cache(loader: LoaderConfig) -> ShardCache | None:
+    """Where remote and compressed shards are cached, as configured; None, as the environment says, where nothing is."""
+    if not (loader.cache or loader.cache_gb):
+        return None
     default = default_cache()
     return dataclasses.replace(
         default,

@@ -9,10 +9,12 @@ from torch import nn
 from vlm.data.sample_ledger import Ledger
 from vlm.files import compute_fingerprint
 from vlm.models.model import VisionLanguageModel
-from vlm.train.loss_guard import LossSpikeGuard
 from vlm.train.metrics import WindowMean
 from vlm.train.objectives.global_contrastive import GlobalAverages
 from vlm.train.task import TrainingTask
+
+# long enough for a stable median, short enough to follow the falling loss of an early run
+LOSS_HISTORY_LENGTH = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,23 @@ class BestCheckpoint:
     metric: str
     value: float
     step: int
+
+
+@dataclass
+class LossSpikeGuard:
+    """The losses of the last good steps, oldest first, and how many steps in a row have just been skipped."""
+
+    losses: list[float] = field(default_factory=list)
+    in_a_row: int = 0
+
+    def accept(self, loss: float) -> None:
+        """A step was good."""
+        self.losses = [*self.losses[1 - LOSS_HISTORY_LENGTH :], loss]
+        self.in_a_row = 0
+
+    def reject(self) -> None:
+        """A step was skipped."""
+        self.in_a_row += 1
 
 
 @dataclass

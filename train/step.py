@@ -25,12 +25,11 @@ from torch.nn import functional as F
 from vlm.data.collate import TrainingBatch
 from vlm.tensor_types import Tensor
 from vlm.train.distributed import average_losses, average_unsharded_gradients, clip_gradients, gather_objects
-from vlm.train.loss_guard import copy_running_stats, restore_running_stats, skip_reason
 from vlm.train.objectives.distillation import discard_prototype_statistics, update_prototype_heads
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Inputs, LossOptions, Outputs, clamp_logit_scales
 from vlm.train.objectives.objective_registry import WeightedLossTerm, input_names
 from vlm.train.optim import learning_rate_at, set_learning_rate
-from vlm.train.recovery import SkippedStep, record_skipped_step
+from vlm.train.recovery import SkippedStep, copy_running_stats, record_skipped_step, restore_running_stats, skip_reason
 from vlm.train.run_setup import Session
 from vlm.train.step_inputs import MicroBatchInputs, sample_numbers
 
@@ -55,7 +54,7 @@ def train_step(session: Session, batches: Sequence[TrainingBatch]) -> StepResult
     """Forward and backward on one process's share of a global batch, in micro-batches; the update unless it is bad.
 
     A step whose loss or gradient is not finite, or whose loss is a spike, leaves weights, optimizer, EMA and batch-norm
-    statistics unchanged; it is recorded in the state (`vlm.train.loss_guard`). Either way the step and its samples are
+    statistics unchanged; it is recorded in the state (`vlm.train.recovery`). Either way the step and its samples are
     counted.
     """
     state = session.state

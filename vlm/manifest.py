@@ -162,3 +162,32 @@ def _write_progress(folder: Path, kind: str, configuration: dict[str, Any]) -> N
 
 def _identity_of(kind: str, configuration: dict[str, Any]) -> str:
     return compute_fingerprint(kind, json.dumps(configuration, sort_keys=True, default=str))
+
+
+def check_files(folder: Path, files: dict[str, FileRecord], *, verify: bool, cure: str) -> None:
+    """Compare a folder's files with its manifest: sizes, and with `verify` checksums.
+
+    Raises:
+        VlmError: a file is missing or differs; the message ends with the cure.
+    """
+    if fault := first_mismatch(folder, files, verify=verify):
+        raise VlmError(f"{fault}; {cure}.")
+
+
+def first_mismatch(folder: Path, files: dict[str, FileRecord], *, verify: bool) -> str:
+    """What is wrong with the first file that differs from its record in the manifest; empty if none does."""
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if (size := path.stat().st_size) != record.bytes:
+            return f"{path} is damaged: {size:,} bytes, {record.bytes:,} were written"
+        # last: a checksum reads the whole file
+        if verify and sha256_file(path) != record.sha256:
+            return f"{path} is damaged: its checksum is not the one it was written with"
+    return ""
+
+
+def sorted_checksums(files: dict[str, FileRecord]) -> list[str]:
+    """The checksums of files in the order of their names, as fingerprints are computed from them."""
+    return [files[name].sha256 for name in sorted(files)]

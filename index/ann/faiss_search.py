@@ -1,7 +1,8 @@
-"""FAISS, loaded on first use; any index searched: more or less effort, selected positions, exact reranking."""
+"""FAISS, loaded on first use, and its GPU; an index searched: more or less effort, some positions, exact reranking."""
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,33 @@ def load_faiss() -> ModuleType:
     except ImportError as error:
         raise VlmError(f"FAISS cannot be imported ({error}); install it with: pip install faiss-cpu") from error
     return faiss
+
+
+CopyToGpu = Callable[["faiss.Index"], "faiss.Index"]
+"""Makes the copy of an index that lives on a GPU."""
+
+
+def gpu_unavailable_reason() -> str:
+    """Why FAISS has no GPU here; empty if it has one."""
+    faiss = load_faiss()
+    if not hasattr(faiss, "StandardGpuResources"):
+        return (
+            "this FAISS is built for CPUs alone; in an environment without faiss-cpu, pip install faiss-gpu brings CUDA"
+        )
+    return "" if faiss.get_num_gpus() else "this FAISS is built for GPUs, but sees none"
+
+
+def find_gpu() -> CopyToGpu | None:
+    """A function that copies an index to the first GPU that FAISS sees; None if it sees none."""
+    if gpu_unavailable_reason():
+        return None
+    return lambda index: load_faiss().index_cpu_to_gpu(_resources(), 0, index)
+
+
+@cache
+def _resources() -> Any:
+    """Working memory on the GPU, more than a gigabyte: allocated with the first copy, once per process."""
+    return load_faiss().StandardGpuResources()
 
 
 def unwrap_transforms(index: "faiss.Index") -> Any:

@@ -5,47 +5,19 @@ CUDA_VISIBLE_DEVICES= hides it.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from vlm.index.ann.faiss_search import load_faiss, unwrap_transforms
+from vlm.index.ann.faiss_search import CopyToGpu, load_faiss, unwrap_transforms
 from vlm.tensor_types import Array, Float32
 
 if TYPE_CHECKING:
     import faiss
 
 
-CopyToGpu = Callable[["faiss.Index"], "faiss.Index"]
-"""Makes the copy of an index that lives on a GPU."""
-
-
 MAX_GPU_RESULTS = 2048
 """Of one query, in any index on a GPU (FAISS wiki, "Faiss on the GPU")."""
 # the most lists it reads for a query
 _MAX_GPU_LISTS = 2048
-
-
-def gpu_unavailable_reason() -> str:
-    """Why FAISS has no GPU here; empty if it has one."""
-    faiss = load_faiss()
-    if not hasattr(faiss, "StandardGpuResources"):
-        return (
-            "this FAISS is built for CPUs alone; in an environment without faiss-cpu, pip install faiss-gpu brings CUDA"
-        )
-    return "" if faiss.get_num_gpus() else "this FAISS is built for GPUs, but sees none"
-
-
-def find_gpu() -> CopyToGpu | None:
-    """A function that copies an index to the first GPU that FAISS sees; None if it sees none."""
-    if gpu_unavailable_reason():
-        return None
-    return lambda index: load_faiss().index_cpu_to_gpu(_resources(), 0, index)
-
-
-@cache
-def _resources() -> Any:
-    """Working memory on the GPU, more than a gigabyte: allocated with the first copy, once per process."""
-    return load_faiss().StandardGpuResources()
 
 
 def train(index: "faiss.Index", rows: Float32[Array, "N D"], copy: CopyToGpu | None) -> None:

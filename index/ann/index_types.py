@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from vlm.config import lookup
 from vlm.errors import UsageError
-from vlm.index.ann.faiss_search import load_faiss
-from vlm.index.ann.gpu import CopyToGpu, extract_ivf, train
+from vlm.index.ann.faiss_search import CopyToGpu, load_faiss
+from vlm.index.ann.gpu import extract_ivf, train
 from vlm.tensor_types import Array, Float32
 
 if TYPE_CHECKING:

@@ -21,8 +21,7 @@ from tests.index.origin_fixture import make_origin
 from vlm.errors import UsageError
 from vlm.index.build import build_index
 from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter, normalize_rows
-from vlm.index.engine_base import EngineIndex, row_numbers
-from vlm.index.engines import open_engine_index
+from vlm.index.engine_base import EngineIndex, open_engine_index, row_numbers
 from vlm.index.filter_language import parse_filter
 from vlm.index.milvus.milvus_writer import build_milvus_index
 

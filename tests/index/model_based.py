@@ -20,9 +20,8 @@ from tests.index.oracle_rows import COLOURS, DIMENSION, SPACE, Row, Rows, as_sto
 from vlm.index.ann.index_types import TuningParams
 from vlm.index.build import build_index
 from vlm.index.embeddings_folder import EmbeddingsWriter, normalize_rows
-from vlm.index.engine_base import EngineIndex, RowSelection
+from vlm.index.engine_base import EngineIndex, RowSelection, open_engine_index, open_writer
 from vlm.index.engine_writer import EngineWriter
-from vlm.index.engines import open_engine_index, open_writer
 from vlm.index.filter_language import parse_filter
 from vlm.index.milvus.milvus_writer import MilvusWriter, build_milvus_index
 from vlm.index.writer import IndexWriter

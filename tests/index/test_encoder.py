@@ -3,7 +3,7 @@ import torch
 
 from tests.index.conftest import ColourModel
 from vlm.errors import VlmError
-from vlm.index.embedding_speed import find_fastest_batch_size
+from vlm.index.encoder import find_fastest_batch_size
 
 
 class TimedModel(ColourModel):

@@ -8,6 +8,7 @@ import pytest
 
 from tests.index.test_index_types import WITH_LISTS, filled
 from vlm.index.ann import gpu
+from vlm.index.ann.faiss_search import find_gpu, gpu_unavailable_reason
 from vlm.index.ann.index_types import INDEX_TYPES
 from vlm.index.embeddings_folder import normalize_rows
 from vlm.index.reader import Index
@@ -112,13 +113,13 @@ def test_a_copy_that_finds_no_room_leaves_the_segment_where_it_is(make_index, lo
 
 
 def test_what_is_missing_is_said():
-    assert (gpu.find_gpu() is None) == bool(gpu.gpu_unavailable_reason())
+    assert (find_gpu() is None) == bool(gpu_unavailable_reason())
 
 
-@pytest.mark.skipif(bool(gpu.gpu_unavailable_reason()), reason=f"no GPU for FAISS: {gpu.gpu_unavailable_reason()}")
+@pytest.mark.skipif(bool(gpu_unavailable_reason()), reason=f"no GPU for FAISS: {gpu_unavailable_reason()}")
 @pytest.mark.parametrize("kind", ["flat", "ivf", "ivfsq"])
 def test_a_gpu_builds_and_answers_as_the_cpu_does(kind, rows, make_index):
-    copy = gpu.find_gpu()
+    copy = find_gpu()
     assert copy is not None
     folder = make_index(4000, kind=kind)
     index, plain = Index.open(folder, gpu=copy), Index.open(folder)

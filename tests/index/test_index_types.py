@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from vlm.errors import UsageError, VlmError
-from vlm.index.ann.faiss_search import effort_limit, load_faiss, num_candidates, rerank, search_parameters
-from vlm.index.ann.gpu import CopyToGpu
+from vlm.index.ann.faiss_search import CopyToGpu, effort_limit, load_faiss, num_candidates, rerank, search_parameters
 from vlm.index.ann.index_types import INDEX_TYPES, TuningParams, resolve_index_type
 from vlm.index.embeddings_folder import normalize_rows
 

@@ -22,8 +22,7 @@ from vlm.cli.main import main
 from vlm.errors import UsageError, VlmError
 from vlm.index.ann.index_types import TuningParams
 from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter
-from vlm.index.engine_base import FilteredRows
-from vlm.index.engines import check_index, open_engine_index, open_writer
+from vlm.index.engine_base import FilteredRows, check_index, open_engine_index, open_writer
 from vlm.index.filter_language import parse_filter
 from vlm.index.milvus.connection import MilvusAddress, MilvusConnection
 from vlm.index.milvus.milvus_writer import MilvusWriter, build_milvus_index

@@ -150,10 +150,11 @@ def test_captions_end_at_the_end_token_and_greedy_is_the_likeliest(model):
             model.caption_images(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
         return
     from vlm.models.caption_search import write_captions
+    from vlm.models.decoding_options import DecodingOptions
 
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        rows = write_captions(model.network, pixels, model.tokenizer).tokens[:, 0]
+        rows = write_captions(model.network, pixels, model.tokenizer, DecodingOptions()).tokens[:, 0]
         logits = model.network(pixels, rows)["logits"]
     tokenizer = model.tokenizer
     logits[:, :, [tokenizer.start_token, tokenizer.pad_token]] = -torch.inf

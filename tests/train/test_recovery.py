@@ -12,7 +12,6 @@ from vlm.data.sample_ledger import Ledger
 from vlm.errors import VlmError
 from vlm.train.checkpoint.checkpoint_files import CheckpointInfo, list_checkpoints, state_tensors
 from vlm.train.checkpoint.manager import CheckpointSchedule, CheckpointWriter, restore_newest
-from vlm.train.loss_guard import skip_reason
 from vlm.train.recovery import (
     MAX_SKIPPED_STEPS_KEPT,
     SkippedStep,
@@ -20,6 +19,7 @@ from vlm.train.recovery import (
     record_skipped_step,
     roll_back,
     should_roll_back,
+    skip_reason,
     skipped_sample_blocks,
 )
 from vlm.train.run_config import SafetyConfig

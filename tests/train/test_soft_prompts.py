@@ -127,7 +127,7 @@ def test_a_saved_captioner_writes_the_same_and_misses_its_language_model(model, 
     loaded = load_model_folder(tmp_path / "model", torch.device("cpu"), torch.float32)
     assert loaded.caption_images(images) == model.caption_images(images)
     with pytest.raises(UsageError, match="attention"):
-        loaded.decode_captions(images, has_attention=True)
+        loaded.decode_captions(images, DecodingOptions(), has_attention=True)
 
 
 def test_a_folder_without_a_language_model_is_refused(tmp_path):

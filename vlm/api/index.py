@@ -14,8 +14,7 @@ from vlm.config import text_list
 from vlm.data.image_inputs import ImageInput, encoded_image, image_list
 from vlm.errors import UsageError, os_errors_explained
 from vlm.index.encoder import Encoder
-from vlm.index.engine_base import EngineCatalogue, IndexInfo, row_numbers
-from vlm.index.engines import check_index, open_writer, require_faiss
+from vlm.index.engine_base import EngineCatalogue, IndexInfo, check_index, open_writer, require_faiss, row_numbers
 from vlm.index.metadata import check_json
 from vlm.index.row_map import SAMPLE
 from vlm.results import Result
@@ -87,7 +86,7 @@ def open_index(
         load = lambda _: encoder  # noqa: E731
     gpu = None
     if on_gpu:
-        from vlm.index.ann.gpu import find_gpu
+        from vlm.index.ann.faiss_search import find_gpu
 
         gpu = find_gpu()
     return SearchIndex(

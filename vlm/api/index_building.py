@@ -355,7 +355,7 @@ def check_index(index: str | Path, *, sample: int = 1000, seed: int = 0) -> "Che
     Raises:
         UsageError: there is no index. VlmError: its manifest is damaged, or its server cannot be reached.
     """
-    from vlm.index.engines import check_index as check
+    from vlm.index.engine_base import check_index as check
 
     if sample < 1:
         raise UsageError(f"sample = {sample} is out of range: give at least 1.")

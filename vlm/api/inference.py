@@ -26,7 +26,7 @@ from vlm.evaluation.class_vectors import (
 from vlm.evaluation.rejection import RejectRule, read_reject_rule
 from vlm.files import json_text
 from vlm.model_spec import is_onnx_folder
-from vlm.models.decoding_options import GREEDY, DecodingOptions
+from vlm.models.decoding_options import DecodingOptions
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.service.query_encoder import Backend, chosen_backend, embed_pixels, embed_query_texts, load_query_encoder
 from vlm.tensor_types import Array, Float32
@@ -383,7 +383,7 @@ class Model:
         images: Images,
         *,
         prompt: str = "",
-        decoding: DecodingOptions = GREEDY,
+        decoding: DecodingOptions | None = None,
         embeddings: bool = False,
         attention: bool = False,
         batch_size: int = IMAGE_BATCH_SIZE,
@@ -406,7 +406,8 @@ class Model:
 
         encoder = self.encoder
         encoder.check_can_caption()
-        options = replace(decoding, prompt=prompt or decoding.prompt)
+        options = decoding or DecodingOptions()
+        options = replace(options, prompt=prompt or options.prompt)
         named = name_images(images)
         results: list[ImageCaption] = []
         with _progress(len(named), batch_size, "captioning", "image") as bar:

@@ -23,7 +23,7 @@ from vlm.index.ray_parts import ModelSource, caption_on_ray, embed_on_ray
 from vlm.index.recaption import RecaptionOptions, RecaptionSummary, recaption
 from vlm.launch import run_in_processes
 from vlm.manifest import MANIFEST, PROGRESS
-from vlm.models.decoding_options import GREEDY, DecodingOptions
+from vlm.models.decoding_options import DecodingOptions
 from vlm.models.load import load_model, load_network, save_model_folder
 from vlm.models.model import VisionLanguageModel
 from vlm.models.sentence_encoder import load_text_model
@@ -513,7 +513,7 @@ def caption_shards(
     shards: Shards,
     out: str | Path | None = None,
     *,
-    decoding: DecodingOptions = GREEDY,
+    decoding: DecodingOptions | None = None,
     batch_size: int = 64,
     workers: int = 1,
     processes: int = 1,
@@ -552,7 +552,7 @@ def caption_shards(
         device=device,
         options=RecaptionOptions(
             model_spec=str(model) if isinstance(model, str | Path) else model.name,
-            decoding=decoding,
+            decoding=decoding or DecodingOptions(),
             batch_size=batch_size,
             workers=workers,
             allow_damage=allow_damage,

@@ -14,7 +14,7 @@ import torch
 from vlm.data.tokenizers import Tokenizer
 from vlm.errors import UsageError
 from vlm.models.caption_state import CaptionState, begin_captions
-from vlm.models.decoding_options import GREEDY, DecodingOptions
+from vlm.models.decoding_options import DecodingOptions
 from vlm.models.network import Captioner
 from vlm.tensor_types import Bool, Float, Float64, Int64, Tensor
 
@@ -46,7 +46,7 @@ def write_captions(
     network: Captioner,
     pixels: Float[Tensor, "B 3 H W"],
     tokenizer: Tokenizer,
-    options: DecodingOptions = GREEDY,
+    options: DecodingOptions,
     *,
     seeds: Sequence[int] = (),
     is_cached: bool = True,

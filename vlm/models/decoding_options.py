@@ -109,6 +109,3 @@ class DecodingOptions:
     def to_values(self) -> dict[str, Any]:
         """Plain values, as a manifest records them."""
         return asdict(self)
-
-
-GREEDY = DecodingOptions()

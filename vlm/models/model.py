@@ -13,7 +13,7 @@ from vlm.errors import UsageError
 from vlm.files import compute_fingerprint, content_digest
 from vlm.models.caption_search import WrittenCaptions, write_captions
 from vlm.models.coca import text_log_likelihoods
-from vlm.models.decoding_options import GREEDY, DecodingOptions
+from vlm.models.decoding_options import DecodingOptions
 from vlm.models.factory import ModelConfig, is_captioner
 from vlm.models.network import Captioner, Network
 from vlm.models.patch_features import pool_images
@@ -158,7 +158,7 @@ class VisionLanguageModel:
 
     @torch.inference_mode()
     def decode_captions(
-        self, images: UInt8[Tensor, "B 3 H W"], options: DecodingOptions = GREEDY, *, has_attention: bool = False
+        self, images: UInt8[Tensor, "B 3 H W"], options: DecodingOptions, *, has_attention: bool = False
     ) -> CaptionedImages:
         """Captions of each image, and its embedding. Sampled captions depend on the image and `options.seed` alone.
 

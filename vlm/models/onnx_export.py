@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm.data.clip_bpe import VOCABULARY, shipped_vocabulary
-from vlm.data.tokenizers import ClipTokenizer, open_tokenizer, save_without_torch
+from vlm.data.tokenizers import VOCABULARY, ClipTokenizer, open_tokenizer, save_without_torch, shipped_vocabulary
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder
 from vlm.manifest import Manifest, record_file, write_manifest

@@ -37,9 +37,10 @@ from vlm.index.embeddings_folder import (
     EmbeddingsWriter,
     Origin,
     SkippedSampleRecord,
+    check_unit_norm,
     part_name,
 )
-from vlm.index.encoder import Encoder, check_unit_norm
+from vlm.index.encoder import Encoder
 from vlm.index.engine_base import EngineSnapshot
 from vlm.index.engine_writer import InsertBatch
 from vlm.index.ids import UID_COLUMN

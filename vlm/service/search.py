@@ -20,11 +20,10 @@ import numpy as np
 from vlm.data.samples import Captions
 from vlm.data.tokenizers import cut_texts
 from vlm.errors import BadSample, UsageError, VlmError
-from vlm.index.ann.gpu import CopyToGpu
+from vlm.index.ann.faiss_search import CopyToGpu
 from vlm.index.embeddings_folder import UNKNOWN
 from vlm.index.encoder import Encoder
-from vlm.index.engine_base import EngineIndex, EngineSnapshot, Entry, Hit, RowSelection
-from vlm.index.engines import open_engine_index
+from vlm.index.engine_base import EngineIndex, EngineSnapshot, Entry, Hit, RowSelection, open_engine_index
 from vlm.model_spec import absolute_spec
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.service.query import Query, load_query_vector

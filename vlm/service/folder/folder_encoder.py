@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from vlm.errors import UsageError
-from vlm.index.encoder import Encoder, check_unit_norm
+from vlm.index.embeddings_folder import check_unit_norm
+from vlm.index.encoder import Encoder
 from vlm.service.folder.folder_reader import FileReading, View
 from vlm.service.folder.folder_state import ContentRecord
 

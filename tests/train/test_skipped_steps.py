@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from vlm.train.loss_guard import (
-    LOSS_HISTORY_LENGTH,
-    LossSpikeGuard,
+from vlm.train.recovery import (
     copy_running_stats,
     restore_running_stats,
     skip_reason,
     spike_threshold,
 )
+from vlm.train.state import LOSS_HISTORY_LENGTH, LossSpikeGuard
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
