@@ -3,18 +3,21 @@
 A journal has a line for each finished shard; an interrupted run resumes after the last one.
 """
 
-import io
 import json
 import logging
 import os
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
 
 from vlm.console import list_counts, pluralize, progress, track
 from vlm.data.decode import open_image, packable_formats, to_rgb
@@ -25,8 +28,9 @@ from vlm.data.shards import expand_shards, shards_fingerprint
 from vlm.data.sources.source import NamedSource, PairSource
 from vlm.data.sources.source_registry import Recognition, holds_shards, open_source
 from vlm.data.split import GroupedSplit, HeldOutSplit
+from vlm.data.stored_images import storable_image
 from vlm.data.tar import IMAGE_EXTENSIONS
-from vlm.data.tar_writer import SampleWriter, npy_bytes
+from vlm.data.tar_writer import SampleWriter, npy_bytes, sample_members
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import append_line, atomic_write, json_text, read_lines, write_text
 from vlm.manifest import MANIFEST, FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
@@ -38,8 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# MPO is a JPEG with more images behind the first, as phones write it
-_KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+# made once: json.dumps makes another encoder for each text
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def encode_pair(pair: Pair, *, verify: bool = True, columns: JsonColumns | None = None) -> dict[str, Any]:
@@ -54,29 +58,11 @@ def encode_pair(pair: Pair, *, verify: bool = True, columns: JsonColumns | None 
     extension, image = storable_image(pair.image, verify=verify)
     texts = next(iter(pair.captions.values()), ())
     columns = columns or JsonColumns()
-    content = json.dumps(columns.conform(Words(pair.captions, pair.metadata)), ensure_ascii=False)
+    content = _to_json(columns.conform(Words(pair.captions, pair.metadata)))
     arrays = {f"{name}.npy": npy_bytes(array) for name, array in pair.arrays.items()}
     words = {"txt": texts[0].encode(errors="replace")} if texts else {}
 
     return arrays | {"__key__": pair.key, extension: image} | words | {"json": content.encode(errors="replace")}
-
-
-def storable_image(image: bytes, *, verify: bool) -> tuple[str, bytes]:
-    """Extension and bytes: JPEG, PNG and WebP, which all readers know, as they are, the rest upright, in RGB, as PNG.
-
-    Raises:
-        BadSample: it cannot be decoded.
-    """
-    pil_image = open_image(image, formats=packable_formats())
-    extension = _KEPT_FORMATS.get(pil_image.format or "")
-    if extension is not None:
-        if verify:
-            # JPEGs decode at an eighth for a fraction of the time, and still read all of their bytes
-            to_rgb(pil_image, resolution=1 / 8)
-        return extension, image
-    file = io.BytesIO()
-    to_rgb(pil_image).save(file, format="PNG")
-    return "png", file.getvalue()
 
 
 def captions_to_json(captions: Captions) -> dict[str, Any]:
@@ -105,6 +91,7 @@ class JournalEntry(Protocol):
 
 
 Entry = TypeVar("Entry", bound=JournalEntry)
+Made = TypeVar("Made")
 
 
 def read_journal(journal: Path, kind: type[Entry]) -> list[Entry]:
@@ -269,6 +256,15 @@ def shards_at(url: str) -> list[str]:
     return expand_shards(str(out))
 
 
+class _PackedPair(NamedTuple):
+    """A pair as it stands in a shard, and what is counted of it."""
+
+    members: bytes
+    endings: set[str]
+    first_caption: str
+    is_garbled: bool
+
+
 class _PackJob:
     """The shards written so far, and the next ones."""
 
@@ -333,11 +329,11 @@ class _PackJob:
             endings: set[str] = set()
             with atomic_write(path) as file, SampleWriter(file) as tar:
                 # the first sample is read before the file is opened: no shard is empty
-                for member in chain([sample], islice(samples, size - 1)):
-                    tar.write(member)
+                for packed in chain([sample], islice(samples, size - 1)):
+                    tar.write_members(packed.members)
                     count += 1
-                    endings.update(member)
-            self._record(path, split, count, sorted(endings - {"__key__"}))
+                    endings |= packed.endings
+            self._record(path, split, count, sorted(endings))
 
     def _record(self, path: Path, split: str, count: int, endings: list[str]) -> None:
         file = record_file(path)
@@ -356,26 +352,41 @@ class _PackJob:
         self.shards.append(shard)
         self._since_last = []
 
-    def _samples(self, numbers: Sequence[int], *, first: int) -> Iterator[dict[str, Any]]:
-        """The usable pairs as WebDataset samples, from place `first` of the numbers on."""
-        for place in range(first, len(numbers)):
+    def _samples(self, numbers: Sequence[int], *, first: int) -> Iterator[_PackedPair]:
+        """The usable pairs, from place `first` of the numbers on."""
+        places = range(first, len(numbers))
+        pairs = (_read_pair(self._source, numbers[place], self._config) for place in places)
+        for place, packed in zip(places, _in_threads(self._pack_pair, pairs), strict=True):
             # set before the yield: the writer records it once the last sample of a shard is written
             self._upto = place + 1
             self._shown.update()
-            try:
-                pair = _read_pair(self._source, numbers[place], self._config)
-                sample = encode_pair(pair, verify=self._config.verify, columns=self.columns)
-                self._count_caption(pair)
-                yield sample
-            except BadSample as error:
-                self._reject(numbers[place], error)
+            if isinstance(packed, BadSample):
+                self._reject(numbers[place], packed)
+            else:
+                self._count_captions(packed)
+                yield packed
+
+    def _pack_pair(self, pair: Pair | BadSample) -> _PackedPair | BadSample:
+        if isinstance(pair, BadSample):
+            return pair
+        try:
+            sample = encode_pair(pair, verify=self._config.verify, columns=self.columns)
+        except BadSample as error:
+            return error
+        texts = list(chain.from_iterable(pair.captions.values()))
+        return _PackedPair(
+            members=sample_members(sample),
+            endings=sample.keys() - {"__key__"},
+            first_caption=next(iter(pair.captions.values()), ("",))[0],
+            is_garbled=REPLACEMENT_CHARACTER in "".join(texts),
+        )
 
     def _file_of(self, number: int) -> dict[str, str]:
         return {"file": self._source.file_of(number)} if isinstance(self._source, NamedSource) else {}
 
-    def _count_caption(self, pair: Pair) -> None:
-        self._num_garbled += REPLACEMENT_CHARACTER in "".join(chain.from_iterable(pair.captions.values()))
-        text = next(iter(pair.captions.values()), ("",))[0]
+    def _count_captions(self, packed: "_PackedPair") -> None:
+        self._num_garbled += packed.is_garbled
+        text = packed.first_caption
         # of many different captions no single one can become nearly all later on
         if text in self._captions or len(self._captions) < _MAX_COUNTED_CAPTIONS:
             self._captions[text] += 1
@@ -405,10 +416,16 @@ def _describe_reject(reject: dict[str, Any]) -> str:
     return f"{name}: {reject['reason']}: {reject['detail']}"
 
 
-def _read_pair(source: PairSource, number: int, config: PackConfig) -> Pair:
-    """A pair with the captions of the configured languages; a source without captions has none to select."""
-    pair = source.read(number)
-    return replace(pair, captions=_in_languages(pair.captions, config)) if config.languages else pair
+def _read_pair(source: PairSource, number: int, config: PackConfig) -> Pair | BadSample:
+    """A pair with the captions of the configured languages, or why it cannot be used.
+
+    A source without captions has none to select.
+    """
+    try:
+        pair = source.read(number)
+        return replace(pair, captions=_in_languages(pair.captions, config)) if config.languages else pair
+    except BadSample as error:
+        return error
 
 
 def _in_languages(captions: Captions, config: PackConfig) -> Captions:
@@ -449,16 +466,68 @@ def held_out_split(source: PairSource, config: PackConfig) -> HeldOutSplit:
         UsageError: so many cannot be held out.
     """
     groups = GroupedSplit(by_caption=not source.captions_are_labels)
-    for number in track(range(len(source)), total=len(source), what="grouping", unit="pair"):
-        try:
-            pair = _read_pair(source, number, config)
-            pil_image = open_image(pair.image, formats=packable_formats())
-            # grouping needs a thumbnail: a JPEG is decoded only as large as that
-            rgb = to_rgb(pil_image, resolution=min(1.0, _MIN_DECODED_PIXELS / min(pil_image.size)))
-        except BadSample:
-            continue
-        groups.add(number, pair.key, pair.captions, rgb_thumbnail(rgb))
+    numbers = track(range(len(source)), total=len(source), what="grouping", unit="pair")
+    pairs = (_read_pair(source, number, config) for number in numbers)
+    for number, grouped in enumerate(_in_threads(_thumbnail_pair, pairs)):
+        if grouped is not None:
+            groups.add(number, *grouped)
     return groups.hold_out(config.hold_out, seed=config.seed)
+
+
+def _thumbnail_pair(pair: Pair | BadSample) -> tuple[str, Captions, np.ndarray] | None:
+    if isinstance(pair, BadSample):
+        return None
+    try:
+        pil_image = open_image(pair.image, formats=packable_formats())
+        # grouping needs a thumbnail: a JPEG is decoded only as large as that
+        rgb = to_rgb(pil_image, resolution=min(1.0, _MIN_DECODED_PIXELS / min(pil_image.size)))
+    except BadSample:
+        return None
+    return pair.key, pair.captions, rgb_thumbnail(rgb)
+
+
+# so few images are read ahead that they take no memory to speak of, and so many that no thread waits for one
+_BATCH_PAIRS = 256
+_BATCH_BYTES = 1 << 20
+_BATCHES_AHEAD = 2
+
+
+def _in_threads(work: Callable[[Pair | BadSample], Made], pairs: Iterator[Pair | BadSample]) -> Iterator[Made]:
+    """What the work makes of each pair, in their order, by as many threads as there are cores.
+
+    The caller reads the pairs, for sources need not be safe for threads. What reading raises, Ctrl-C as well, comes
+    after the results of the pairs before it: as much is written as if one pair were done after another.
+    """
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pending: deque[Future[list[Made]]] = deque()
+    pool = ThreadPoolExecutor(threads, "packing")
+    failure: BaseException | None = None
+    # each thread sets Python's filters of warnings and takes them back, in any order; here they are set right again
+    with warnings.catch_warnings():
+        try:
+            while failure is None:
+                batch, failure = _read_batch(pairs)
+                pending.append(pool.submit(lambda batch: list(map(work, batch)), batch))
+                while len(pending) > (_BATCHES_AHEAD * threads if failure is None else 0):
+                    yield from pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if not isinstance(failure, StopIteration):
+        raise failure
+
+
+def _read_batch(pairs: Iterator[Pair | BadSample]) -> tuple[list[Pair | BadSample], BaseException | None]:
+    """The next pairs, and what ended them: `StopIteration` at their end, or what reading raised."""
+    batch: list[Pair | BadSample] = []
+    num_bytes = 0
+    try:
+        while len(batch) < _BATCH_PAIRS and num_bytes < _BATCH_BYTES:
+            pair = next(pairs)
+            batch.append(pair)
+            num_bytes += len(pair.image) if isinstance(pair, Pair) else 0
+    except BaseException as error:
+        return batch, error
+    return batch, None
 
 
 def _splits(total: int, held_out: HeldOutSplit | None) -> dict[str, Sequence[int]]:

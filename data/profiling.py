@@ -31,7 +31,8 @@ from vlm.data.loader import stream_batches
 from vlm.data.sampler import BatchSampler, SampleOrder
 from vlm.data.samples import Sample, SampleIndex, SampleRng
 from vlm.data.shards import Collator, ShardSet, count_samples
-from vlm.data.tar import Span, TarIndex, open_index, read_entries
+from vlm.data.tar import Span, TarIndex, open_index
+from vlm.data.tar_headers import TarEntries
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import BadSample, UsageError, VlmError
@@ -309,7 +310,8 @@ def _drop_page_cache(files: list[str]) -> None:
 
 def _scan_headers(shard: str) -> None:
     with open(shard, "rb") as file:
-        read_entries(file, shard)
+        for _ in TarEntries(file, shard):
+            pass
 
 
 def _blocks(url: str) -> Iterator[bytes]:

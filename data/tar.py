@@ -1,7 +1,7 @@
 """Tar shards: the index of their samples, and reading samples by number.
 
 A shard is a plain tar in the WebDataset convention, from a source nobody vouches for: whole, damaged, or made to do
-harm. Its headers are read once, guarded (`read_entries`); the offsets of every sample's members are cached as an Arrow
+harm. Its headers are read once, guarded (`TarEntries`); the offsets of every sample's members are cached as an Arrow
 file next to the shard (`open_index`); from then on a sample is one positioned read (`ShardReader`).
 """
 
@@ -9,22 +9,22 @@ import json
 import os
 import re
 import stat
-import tarfile
+from array import array
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 
 from vlm.data.samples import Captions, Sample, parse_captions, parse_npy
 from vlm.data.shard_cache import ShardCache, default_cache
-from vlm.errors import BadSample, UsageError, VlmError
+from vlm.data.tar_headers import TarEntries, TarEntry
+from vlm.errors import BadSample, VlmError
 from vlm.files import atomic_write, compute_fingerprint
 from vlm.storage import (
     FileIdentity,
@@ -39,85 +39,6 @@ from vlm.storage import (
     url_basename,
 )
 
-_MAX_HEADER_BYTES = 1 << 20
-_MAX_SIZE = 1 << 62
-
-
-class _GuardedFile:
-    """A file that refuses reads no honest header asks for: tarfile takes the size of an extended header at its word."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.tell = file.tell
-        self.seek = file.seek
-
-    def read(self, size: int) -> bytes:
-        if not 0 <= size <= _MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"an extended header of {size:,} bytes")
-        return self._file.read(size)
-
-
-def read_entries(file: BinaryIO, url: str) -> tuple[list[tarfile.TarInfo], str]:
-    """The regular files of a plain tar, and why it ends early, or an empty string.
-
-    Links, devices, folders and sparse files are left out. Names are only names: they may hold `..` or begin with `/`,
-    and what is not UTF-8 in them is written out as `\\udcXX`. The last file may reach beyond the end of the tar.
-
-    Raises:
-        UsageError: it is compressed.
-        VlmError: not even its first header can be read.
-    """
-    if file.read(2) == b"\x1f\x8b":
-        raise UsageError(f"{url} is compressed; rename it to end in .tar.gz, or unpack it with gunzip < IT > NEW.tar.")
-    end = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    entries: list[tarfile.TarInfo] = []
-    try:
-        with tarfile.open(fileobj=cast(BinaryIO, _GuardedFile(file)), mode="r:") as tar:
-            damage = _collect_entries(tar, entries, end) or _missing_end(file, tar.offset)
-    except Exception as error:  # on garbage tarfile raises whatever its parsing stumbles over
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if not entries:
-            raise VlmError(f"{url} is not a tar, or is damaged from the start: {reason}.") from error
-        last = entries[-1]
-        damage = f"{reason} after byte {last.offset_data:,} ({last.name})"
-    return entries, damage
-
-
-def _collect_entries(tar: tarfile.TarFile, entries: list[tarfile.TarInfo], end: int) -> str:
-    """Append the regular files one by one; why it stops before the end, or empty."""
-    previous_offset = -1
-    for entry in tar:
-        if entry.size < 0:  # would send tarfile backwards, for ever
-            return f"a negative size at byte {entry.offset:,}"
-        if entry.size > _MAX_SIZE:
-            return f"an absurd size, {entry.size:,}, at byte {entry.offset:,}"
-        if entry.offset_data <= previous_offset:
-            return f"a header at byte {entry.offset:,} that leads back"
-        previous_offset = entry.offset_data
-        if not entry.isreg() or entry.issparse():
-            continue
-        # Arrow strings must be UTF-8, and a zero byte would end a name where C reads it
-        entry.name = entry.name.encode("utf-8", "backslashreplace").decode().replace("\x00", "\\x00")
-        entries.append(entry)
-        if entry.offset_data + entry.size > end:
-            return f"cut short at byte {end:,}, inside {entry.name}"
-    return ""
-
-
-def _missing_end(file: BinaryIO, offset: int) -> str:
-    """Why reading stopped at `offset`; empty at the block of zeros that closes a whole tar.
-
-    tarfile itself takes a cut between two members, or an unreadable header, for the end.
-    """
-    file.seek(offset)
-    block = file.read(tarfile.BLOCKSIZE)
-    if block == bytes(tarfile.BLOCKSIZE):
-        return ""
-    is_cut = len(block) < tarfile.BLOCKSIZE
-    return f"cut short at byte {offset:,}, without its end mark" if is_cut else f"unreadable header at byte {offset:,}"
-
-
 IMAGE_EXTENSIONS = frozenset(
     {
         *("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "apng"),
@@ -128,6 +49,7 @@ IMAGE_EXTENSIONS = frozenset(
 _ARRAY_SUFFIX = ".npy"
 _FORMAT = "7"
 _MAX_INDEX_BYTES = 256 << 20
+_MAX_MEMBER_BYTES = 1 << 20
 _MAX_UNUSED = 20
 _ROLES = ("image", "text", "json")
 _ROLE_OF_EXTENSION = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {"txt": "text", "json": "json"}
@@ -191,7 +113,7 @@ class TarIndex:
         self.unused = _read_counts(metadata.get(b"unused", b""))
         self._keys = table.column("key")
         self._arrays = table.column("arrays")
-        self._has_arrays = any(len(chunk.flatten()) for chunk in self._arrays.chunks)
+        self._has_arrays = _has_items(self._arrays)
         self._spans: list[tuple[np.ndarray, np.ndarray]] = []
         for role in _ROLES:
             self._spans.append((_numbers(table, f"{role}_offset"), _numbers(table, f"{role}_size")))
@@ -206,8 +128,8 @@ class TarIndex:
             spans.append(Span(offsets.item(number), size) if size >= 0 else None)
         arrays: dict[str, Span] = {}
         if self._has_arrays:  # looked at once: turning an empty list of Arrow into Python's costs as much as all else
-            for array in self._arrays[number].as_py():
-                arrays[array["name"]] = Span(array["offset"], array["size"])
+            for stored in self._arrays[number].as_py():
+                arrays[stored["name"]] = Span(stored["offset"], stored["size"])
         image, text, json = spans
         return Member(self._keys[number].as_py(), image, text, json, arrays)
 
@@ -223,6 +145,11 @@ class TarIndex:
         """Sum of the image sizes, in bytes."""
         sizes = _numbers(self.table, "image_size")
         return int(sizes[sizes > 0].sum())
+
+
+def _has_items(lists: pa.ChunkedArray) -> bool:
+    """Whether any of the lists of a column holds something."""
+    return any(len(chunk.flatten()) for chunk in lists.chunks)
 
 
 def _numbers(table: pa.Table, column: str) -> np.ndarray:
@@ -330,18 +257,18 @@ def _read_remote_index(url: str, identity: FileIdentity, stamp: bytes, cache: Sh
 
 def _scan(url: str, identity: FileIdentity, stamp: bytes, cache: ShardCache | None) -> pa.Table:
     """The index of a tar from its headers."""
+    columns = _IndexColumns()
     with open_tar(url, identity, cache) as file:
-        entries, damage = read_entries(file, url)
+        entries = TarEntries(file, url)
+        for entry in entries:
+            columns.add(entry)
+    damage = entries.damage
     if needs_cache(url):
         # the cached copy ends where unpacking or fetching broke off; only the cache knows why
         damage = (cache or default_cache()).damage(url, identity) or damage
-    rows: list[_IndexRow] = []
-    unused: Counter[str] = Counter()
-    for entry in entries:
-        _add_entry(rows, entry, unused)
-    table = _table(rows)
+    table = columns.table()
     metadata = {"format": _FORMAT, "identity": stamp, "tar_size": str(identity.size), "damage": damage}
-    metadata["unused"] = json.dumps(dict(unused.most_common(_MAX_UNUSED)))
+    metadata["unused"] = json.dumps(dict(columns.unused.most_common(_MAX_UNUSED)))
     return table.replace_schema_metadata({**metadata, "fingerprint": _content_fingerprint(table)})
 
 
@@ -350,9 +277,9 @@ def read_members(url: str, extension: str, cache: ShardCache | None = None) -> d
     url = local_path(url)
     contents: dict[str, bytes] = {}
     with open_tar(url, file_identity(url, cache.retry_policy if cache else None), cache) as file:
-        for entry in read_entries(file, url)[0]:
+        for entry in TarEntries(file, url):
             key, ending = _split_name(entry.name)
-            if ending == extension and entry.size <= _MAX_HEADER_BYTES:
+            if ending == extension and entry.size <= _MAX_MEMBER_BYTES:
                 file.seek(entry.offset_data)
                 contents[key] = file.read(entry.size)
     return contents
@@ -361,15 +288,15 @@ def read_members(url: str, extension: str, cache: ShardCache | None = None) -> d
 def _image_spans(url: str, name: str, cache: ShardCache | None) -> dict[int, Span]:
     """Where the images `KEY.NAME.jpg` lie, of any image's extension, by the number of their samples."""
     images: dict[int, Span] = {}
-    rows: list[_IndexRow] = []
+    columns = _IndexColumns()
     with open_tar(url, file_identity(url, cache and cache.retry_policy), cache) as file:
-        for entry in read_entries(file, url)[0]:
+        for entry in TarEntries(file, url):
             # as the index is made, so that samples have the same numbers
-            _add_entry(rows, entry, Counter())
+            columns.add(entry)
             key, ending = _split_name(entry.name)
             stem, _, extension = ending.rpartition(".")
-            if stem == name and extension in IMAGE_EXTENSIONS and rows and rows[-1].key == key:
-                images.setdefault(len(rows) - 1, Span(entry.offset_data, entry.size))
+            if stem == name and extension in IMAGE_EXTENSIONS and columns.keys and columns.keys[-1] == key:
+                images.setdefault(len(columns.keys) - 1, Span(entry.offset_data, entry.size))
     return images
 
 
@@ -395,66 +322,69 @@ def open_tar(url: str, identity: FileIdentity, cache: ShardCache | None) -> Bina
             continue
 
 
-@dataclass
-class _IndexRow:
-    """A sample while its members are collected."""
+class _IndexColumns:
+    """The samples of a tar while their members come, as columns: an object for each sample would take a kilobyte.
 
-    key: str
-    parts: dict[str, Span] = field(default_factory=dict)
-    arrays: dict[str, Span] = field(default_factory=dict)
-    extensions: set[str] = field(default_factory=set)
+    unused: members that no sample uses, by extension.
+    """
 
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self.unused: Counter[str] = Counter()
+        self._offsets = {role: array("q") for role in _ROLES}
+        self._sizes = {role: array("q") for role in _ROLES}
+        # few samples have any
+        self._arrays: dict[int, list[tuple[str, int, int]]] = {}
+        self._extensions: set[str] = set()
 
-def _add_entry(rows: list[_IndexRow], entry: tarfile.TarInfo, unused: Counter[str]) -> None:
-    """Put a member to the last sample, or begin another one with it; one that no sample uses is counted."""
-    key, extension = _split_name(entry.name)
-    if not extension or not key or key.endswith("/"):  # no extension, or a hidden file
-        return
-
-    # even an extension that is of no use here begins a sample: other readers of the convention count it too
-    if not rows or rows[-1].key != key or extension in rows[-1].extensions:
-        rows.append(_IndexRow(key))
-    row = rows[-1]
-    span = Span(entry.offset_data, entry.size)
-    role = _ROLE_OF_EXTENSION.get(extension)
-    if extension.endswith(_ARRAY_SUFFIX):
-        row.arrays[extension.removesuffix(_ARRAY_SUFFIX)] = span
-    elif role and role not in row.parts:
-        row.parts[role] = span
-    else:
-        unused[extension] += 1
-        if not role:
+    def add(self, entry: TarEntry) -> None:
+        """Put a member to the last sample, or begin another one with it."""
+        key, extension = _split_name(entry.name)
+        if not extension or not key or key.endswith("/"):  # no extension, or a hidden file
             return
-    row.extensions.add(extension)
+        # even an extension that is of no use here begins a sample: other readers of the convention count it too
+        if not self.keys or self.keys[-1] != key or extension in self._extensions:
+            self._begin(key)
+        role = _ROLE_OF_EXTENSION.get(extension)
+        if extension.endswith(_ARRAY_SUFFIX):
+            arrays = self._arrays.setdefault(len(self.keys) - 1, [])
+            arrays.append((extension.removesuffix(_ARRAY_SUFFIX), entry.offset_data, entry.size))
+        elif role and self._sizes[role][-1] < 0:
+            self._offsets[role][-1] = entry.offset_data
+            self._sizes[role][-1] = entry.size
+        else:
+            self.unused[extension] += 1
+            if not role:
+                return
+        self._extensions.add(extension)
 
+    def _begin(self, key: str) -> None:
+        self.keys.append(key)
+        self._extensions.clear()
+        for role in _ROLES:
+            # a mark rather than null: columns without nulls are read as numpy arrays without a copy
+            self._offsets[role].append(-1)
+            self._sizes[role].append(-1)
 
-def _table(rows: list[_IndexRow]) -> pa.Table:
-    columns: dict[str, Any] = {"key": pa.array([row.key for row in rows], pa.string())}
-    # a mark rather than null: columns without nulls are read as numpy arrays without a copy
-    absent = Span(-1, -1)
-    for role in _ROLES:
-        offsets: list[int] = []
-        sizes: list[int] = []
-        for row in rows:
-            span = row.parts.get(role, absent)
-            offsets.append(span.offset)
-            sizes.append(span.size)
-        columns[f"{role}_offset"] = pa.array(offsets, pa.int64())
-        columns[f"{role}_size"] = pa.array(sizes, pa.int64())
-    arrays: list[list[tuple[str, int, int]]] = []
-    for row in rows:
-        arrays.append([(name, span.offset, span.size) for name, span in row.arrays.items()])
-    columns["arrays"] = pa.array(arrays, _ARRAYS)
-    return pa.table(columns, _SCHEMA)
+    def table(self) -> pa.Table:
+        """All of them, as they are cached."""
+        columns: dict[str, Any] = {"key": pa.array(self.keys, pa.string())}
+        for role in _ROLES:
+            columns[f"{role}_offset"] = pa.array(np.asarray(self._offsets[role]), pa.int64())
+            columns[f"{role}_size"] = pa.array(np.asarray(self._sizes[role]), pa.int64())
+        arrays = [self._arrays.get(number, ()) for number in range(len(self.keys))]
+        columns["arrays"] = pa.array(arrays, _ARRAYS)
+        return pa.table(columns, _SCHEMA)
 
 
 def _content_fingerprint(table: pa.Table) -> str:
     """Of keys and sizes, not of offsets: padding and folders between the members do not count."""
     sizes = [_numbers(table, f"{role}_size").astype("<i8").tobytes() for role in _ROLES]
     arrays: list[str] = []
-    for number, row in enumerate(table.column("arrays").to_pylist()):
-        for array in row:
-            arrays.append(f"{number}/{array['name']}/{array['size']}")
+    column = table.column("arrays")
+    for number, row in enumerate(column.to_pylist() if _has_items(column) else ()):
+        for stored in row:
+            arrays.append(f"{number}/{stored['name']}/{stored['size']}")
     return compute_fingerprint("\n".join(table.column("key").to_pylist()), *sizes, "\n".join(arrays))
 
 
@@ -531,7 +461,7 @@ class ShardReader:
         endings: dict[str, list[str]] = {}
         path = local_path(self.url)
         with open_tar(path, file_identity(path, self._cache and self._cache.retry_policy), self._cache) as file:
-            for entry in read_entries(file, self.url)[0]:
+            for entry in TarEntries(file, self.url):
                 key, ending = _split_name(entry.name)
                 if key in imageless and ending:
                     endings.setdefault(key, []).append(ending)

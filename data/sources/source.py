@@ -13,7 +13,8 @@ from typing import Any, BinaryIO, Literal, Protocol, runtime_checkable
 
 from vlm.config import suggest
 from vlm.data.samples import Pair, WordedSource, Words
-from vlm.data.tar import Span, read_entries
+from vlm.data.tar import Span
+from vlm.data.tar_headers import TarEntries
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import compute_fingerprint
 from vlm.storage import is_compressed, is_shard
@@ -271,19 +272,21 @@ class TarFiles:
     def __init__(self, path: Path, folder: str = "", *, allow_damage: bool = False) -> None:
         self.url = str(path)
         prefix = f"{PurePosixPath(folder)}/" if folder else ""
-        with path.open("rb") as file:
-            entries, damage = read_entries(file, str(path))
-            end = file.seek(0, os.SEEK_END)
-        if damage and not allow_damage:
-            raise VlmError(f"{path} is damaged: {damage}; fetch it again, or read what is whole by --allow-damage.")
         self._spans: dict[str, Span] = {}
-        for entry in entries:
-            # tar -C FOLDER . puts ./ before every name
-            name = entry.name.removeprefix("./")
-            is_whole = entry.offset_data + entry.size <= end
-            is_hidden = "/." in f"/{name}"
-            if is_whole and name.startswith(prefix) and not is_hidden:
-                self._spans[name.removeprefix(prefix)] = Span(entry.offset_data, entry.size)
+        with path.open("rb") as file:
+            end = os.fstat(file.fileno()).st_size
+            entries = TarEntries(file, str(path))
+            for entry in entries:
+                # tar -C FOLDER . puts ./ before every name
+                name = entry.name.removeprefix("./")
+                is_whole = entry.offset_data + entry.size <= end
+                is_hidden = "/." in f"/{name}"
+                if is_whole and name.startswith(prefix) and not is_hidden:
+                    self._spans[name.removeprefix(prefix)] = Span(entry.offset_data, entry.size)
+        if entries.damage and not allow_damage:
+            raise VlmError(
+                f"{path} is damaged: {entries.damage}; fetch it again, or read what is whole by --allow-damage."
+            )
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
 

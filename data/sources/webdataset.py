@@ -2,10 +2,10 @@
 
 import logging
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable
 from io import BytesIO
 from itertools import accumulate, islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,10 @@ from vlm.data.samples import Captions, Pair, Words, split_lines, without_caption
 from vlm.data.selection import Selection
 from vlm.data.shard_cache import Inflater
 from vlm.data.shards import count_samples, shards_fingerprint
-from vlm.data.sources.image_names import IMAGE_SUFFIXES
+from vlm.data.sources.image_names import is_image_name
 from vlm.data.sources.table import unique_keys
-from vlm.data.tar import ShardReader, open_index, read_entries
+from vlm.data.tar import ShardReader, open_index
+from vlm.data.tar_headers import TarEntries
 from vlm.errors import BadSample, VlmError
 from vlm.files import compute_fingerprint
 
@@ -150,10 +151,10 @@ def contains_samples(tar: Path) -> bool:
     try:
         with tar.open("rb") as file:
             is_compressed = file.read(len(_GZIP_BEGINS)) == _GZIP_BEGINS
-            entries, _ = read_entries(BytesIO(_inflated_beginning(tar)) if is_compressed else file, str(tar))
+            beginning = BytesIO(_inflated_beginning(tar)) if is_compressed else file
+            return looks_like_shard(entry.name for entry in TarEntries(beginning, str(tar)))
     except VlmError:
         return False
-    return looks_like_shard([entry.name for entry in entries])
 
 
 def _inflated_beginning(tar: Path) -> bytes:
@@ -162,14 +163,19 @@ def _inflated_beginning(tar: Path) -> bytes:
         return b"".join(islice(pieces, _PROBED_PIECES))
 
 
-def looks_like_shard(names: Sequence[str]) -> bool:
+def looks_like_shard(names: Iterable[str]) -> bool:
     """Whether files of a tar are samples: some image has a text, JSON or class of the same name."""
+    # a shard is told by its first files, of which the images may come before or after what is said of them
     annotated_stems: set[str] = set()
+    image_stems: set[str] = set()
     for name in names:
+        stem = name.rpartition(".")[0]
         if name.lower().endswith((".txt", ".json", ".cls")):
-            annotated_stems.add(name.rpartition(".")[0])
-    for name in names:
-        is_image = PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-        if is_image and name.rpartition(".")[0] in annotated_stems:
+            annotated_stems.add(stem)
+        elif is_image_name(name):
+            image_stems.add(stem)
+        else:
+            continue
+        if stem in annotated_stems and stem in image_stems:
             return True
     return False
