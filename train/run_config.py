@@ -74,6 +74,9 @@ class ModelConfig:
     """Compile the network (torch.compile); the first steps take minutes."""
 
 
+_SIMILARITIES_AT_ONCE = 2**20
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """A weighted sum of loss terms, and their parameters."""
@@ -144,8 +147,14 @@ class ObjectiveConfig:
     class_names: str = ""
     """File of class names, one a line or a JSON list (`classify`)."""
 
-    similarity_block: int = 1024
-    """Rows of the similarity matrix computed at once; affects memory only."""
+    similarity_block: int = 0
+    """Rows of the similarity matrix computed at once, which affects time and memory only; 0 takes as many as make a
+    million similarities, at least 256."""
+
+    def rows_at_once(self, num_columns: int) -> int:
+        """Rows of the similarity matrix in a block, by the number of columns."""
+        # a block that stays in the processor's cache is also the quicker one; below 256 rows launching takes the time
+        return self.similarity_block or max(256, _SIMILARITIES_AT_ONCE // num_columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -496,7 +505,7 @@ def _minimum_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]
         ("max_bad_in_a_row", loader.max_bad_in_a_row, 1),
         ("hard_cluster", loader.hard_cluster, 1),
         ("cache_gb", loader.cache_gb, 0),
-        ("similarity_block", objective.similarity_block, 1),
+        ("similarity_block", objective.similarity_block, 0),
         ("text_embedding_size", objective.text_embedding_size, 0),
         ("margin", objective.margin, 0),
         ("temperature", objective.temperature, 0),

@@ -141,8 +141,7 @@ class Session:
 
     def open_batches(self) -> Iterator[list[TrainingBatch]]:
         """The batches from the state's position to the run's end, each as its micro-batches."""
-        config = self.config
-        state = self.state
+        config, state = self.config, self.state
         plan = BatchSampler(
             order=self.corpus.order,
             batch_size=config.batch_size,
@@ -174,6 +173,8 @@ class Session:
             stream = iter(DevicePrefetcher(stream, self.accelerator.device, view))
         while micro_batches := list(itertools.islice(stream, self.num_micro_batches)):
             yield micro_batches
+            # let go before the next ones come: two batches at once are what a large one takes most memory for
+            micro_batches.clear()
 
 
 def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = ()) -> Session:

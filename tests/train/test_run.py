@@ -1,6 +1,7 @@
 import json
 import shutil
 import tomllib
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from vlm.manifest import read_manifest
 from vlm.models.load import WEIGHTS, load_model
 from vlm.train.checkpoint.checkpoint_files import EMA_WEIGHTS, list_checkpoints
 from vlm.train.run import train
+from vlm.train.run_setup import open_session
 
 
 def weights_of(run):
@@ -211,6 +213,16 @@ def test_micro_batches_train_as_the_whole_batch(configure, history, objective):
     whole, parts = (history(config.run) for config in runs)
     assert [samples for _, _, samples in whole] == [samples for _, _, samples in parts]
     assert [loss for _, loss, _ in parts] == pytest.approx([loss for _, loss, _ in whole], rel=1e-4)
+
+
+def test_a_batch_is_let_go_before_the_next_one_comes(configure):
+    batches = open_session(configure("run", micro_batch=5, steps=2), resume=False).open_batches()
+    first = next(batches)
+    images = [weakref.ref(micro_batch.images) for micro_batch in first]
+    next(batches)
+    # both at once are what a large batch takes most memory for
+    assert not first
+    assert [image() for image in images] == [None] * 4
 
 
 def test_a_micro_batch_that_does_not_divide_is_refused_with_one_that_does(configure):

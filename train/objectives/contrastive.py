@@ -188,14 +188,14 @@ class ContrastivePairs:
     """The pairs of this process, to be compared with those of all processes.
 
     same: identities of the pairs of this process and of all processes, where pairs that share one are not negatives.
-    block: rows of the matrix that are held at once.
+    config: says how many rows of the matrix are held at once.
     """
 
     images: Float[Tensor, "B D"]
     texts: Float[Tensor, "B D"]
     same: tuple[Int64[Tensor, "B G"], Int64[Tensor, "N G"]] | None
     same_are_positives: bool
-    block: int
+    config: ObjectiveConfig
 
     def mean_over_images(self, row_loss: RowLoss) -> Float[Tensor, ""]:
         """Mean over this process's images, each a row against the texts of all processes."""
@@ -217,7 +217,7 @@ class ContrastivePairs:
         # row i of this process and its partner among the columns, which are in the order of the processes
         partners = local_columns(len(rows), rows.device)
         tensors = [rows, partners] if self.same is None else [rows, partners, self.same[0]]
-        return sum_over_blocks(block_loss, tensors, self.block) / len(rows)
+        return sum_over_blocks(block_loss, tensors, self.config.rows_at_once(len(columns))) / len(rows)
 
     def _masks(self, is_partner: Bool[Tensor, "B N"], identities: tuple[Tensor, ...]) -> PairMasks:
         """What the columns are to a block of rows, of whose pairs these are the identities."""
@@ -241,7 +241,7 @@ def build_contrastive_pairs(outputs: Outputs, inputs: Inputs, config: ObjectiveC
         texts=at_least_float32(outputs["text_features"]),
         same=same,
         same_are_positives=config.same_pairs == "positive",
-        block=config.similarity_block,
+        config=config,
     )
 
 

@@ -49,7 +49,8 @@ def distill(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
             teacher = teacher_scale * similarity_matrix(teacher_rows, teacher_columns)
             return kl_divergence(student, teacher).sum()
 
-        return sum_over_blocks(block_loss, [rows, teacher_rows], options.config.similarity_block) / len(rows)
+        block = options.config.rows_at_once(len(columns))
+        return sum_over_blocks(block_loss, [rows, teacher_rows], block) / len(rows)
 
     by_image = direction(images, texts, teacher_images, teacher_texts)
     by_text = direction(texts, images, teacher_texts, teacher_images)

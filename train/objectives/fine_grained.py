@@ -74,7 +74,7 @@ def _contrast_sentences(outputs: Outputs, inputs: Inputs, options: LossOptions, 
         return -(weights * of_partners).sum()
 
     # a row of images has num_sentences times the columns of a contrastive term
-    block = max(1, options.config.similarity_block // num_sentences)
+    block = max(1, options.config.rows_at_once(len(all_images)) // num_sentences)
     total = sum_over_blocks(image_loss, [images, partners, same, weights], block)
     total = total + sum_over_blocks(sentence_loss, [sentences, partners, same, weights], block)
     # the mean over images of all processes, which all have the same number; gradients are averaged afterwards

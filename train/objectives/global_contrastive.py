@@ -155,7 +155,7 @@ def _over_blocks(
         return block_loss(log_mean_exp(differences, is_negative), *others)
 
     tensors = [rows, partners, own_columns, same, *row_tensors]
-    return sum_over_blocks(loss, tensors, options.config.similarity_block)
+    return sum_over_blocks(loss, tensors, options.config.rows_at_once(len(columns)))
 
 
 def log_mean_exp(values: Float[Tensor, "B N"], mask: Bool[Tensor, "B N"]) -> Float[Tensor, " B"]:

@@ -57,6 +57,12 @@ def test_no_tensor_is_larger_than_a_block_of_rows(name):
     assert sizes.largest == COUNT * COUNT
 
 
+@pytest.mark.parametrize(("count", "rows"), [(1_000, 1_048), (2_048, 512), (4_096, 256), (100_000, 256)])
+def test_a_block_holds_a_million_similarities_and_at_least_256_rows(count, rows):
+    assert options().config.rows_at_once(count) == rows
+    assert options(similarity_block=7).config.rows_at_once(count) == 7
+
+
 def peak_bytes(count: int, block: int) -> int:
     """The most memory held at once, above what was held before, while a loss and its gradients are computed."""
     outputs, inputs = batch(count, width=WIDTH)
