@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vlm.api.data import relate as relate
     from vlm.api.data import stream as stream
     from vlm.api.data import train_tokenizer as train_tokenizer
+    from vlm.api.embedding import caption_shards as caption_shards
+    from vlm.api.embedding import embed as embed
     from vlm.api.evaluation import caption_metrics as caption_metrics
     from vlm.api.evaluation import evaluate as evaluate
     from vlm.api.explanation import explain as explain
@@ -41,8 +43,6 @@ if TYPE_CHECKING:
     from vlm.api.packing import pack as pack
     from vlm.api.runs import compare_runs as compare_runs
     from vlm.api.runs import list_runs as list_runs
-    from vlm.api.training import caption_shards as caption_shards
-    from vlm.api.training import embed as embed
     from vlm.api.training import reinforce as reinforce
     from vlm.api.training import scale as scale
     from vlm.api.training import soup as soup
@@ -114,12 +114,12 @@ _MODULES: dict[str, str] = {
     "build_concepts": "vlm.api.curation",
     "build_index": "vlm.api.index_building",
     "caption_metrics": "vlm.api.evaluation",
-    "caption_shards": "vlm.api.training",
+    "caption_shards": "vlm.api.embedding",
     "check_index": "vlm.api.index_building",
     "compare_runs": "vlm.api.runs",
     "curate": "vlm.api.curation",
     "doctor": "vlm.api.data",
-    "embed": "vlm.api.training",
+    "embed": "vlm.api.embedding",
     "evaluate": "vlm.api.evaluation",
     "explain": "vlm.api.explanation",
     "export": "vlm.api.model_export",

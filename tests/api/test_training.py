@@ -9,7 +9,7 @@ import torch
 
 import vlm
 from tests.data.tar_fixture import write_tar
-from vlm.api.training import EmbedResult
+from vlm.api.embedding import EmbedResult
 from vlm.cli.main import main
 from vlm.files import compute_fingerprint
 from vlm.models.load import load_model

@@ -21,7 +21,7 @@ from vlm.cli.options import (
 from vlm.console import quoted, show_fields, show_json, spaced_names
 
 if TYPE_CHECKING:
-    from vlm.api.training import EmbedResult
+    from vlm.api.embedding import EmbedResult
     from vlm.index.embed import EmbedSummary
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Embed:
 
     def run(self) -> None:
         """Embed, show the summary in the process that finished the work."""
-        from vlm.api.training import embed
+        from vlm.api.embedding import embed
 
         result = embed(**call_options(self))
         share = result.share

@@ -173,7 +173,7 @@ class Caption:
             _show_captions(results)
 
     def _caption_shards(self) -> None:
-        from vlm.api.training import caption_shards
+        from vlm.api.embedding import caption_shards
 
         summary = caption_shards(
             self.model,

@@ -1,0 +1,300 @@
+"""Shards to embeddings and captions: `vlm.embed`, `caption_shards`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from vlm.api.inference import Model, precision_name
+from vlm.data.pack import shards_at
+from vlm.data.selection import read_selection
+from vlm.data.shards import Shards, join_shards
+from vlm.errors import UsageError, os_errors_explained
+from vlm.index.embed import SINGLE_PROCESS, EmbedOptions, EmbedSummary, ProcessRank, embed_into
+from vlm.index.embeddings_folder import Modality, VectorStorage
+from vlm.index.ray_parts import ModelSource, caption_on_ray, embed_on_ray
+from vlm.index.recaption import RecaptionOptions, RecaptionSummary, recaption
+from vlm.launch import run_in_processes
+from vlm.manifest import MANIFEST, PROGRESS
+from vlm.models.decoding_options import DecodingOptions
+from vlm.models.load import load_model
+from vlm.models.model import VisionLanguageModel
+from vlm.ray_engine import Engine, RayCluster, check_engine
+from vlm.results import Result
+from vlm.storage import is_remote
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedResult(Result):
+    """What was embedded of each modality, None of one that was not asked for; and the process that says so."""
+
+    image: EmbedSummary | None = None
+    text: EmbedSummary | None = None
+    share: ProcessRank = SINGLE_PROCESS
+
+    @property
+    def summaries(self) -> tuple[EmbedSummary, ...]:
+        """Those there are."""
+        return tuple(summary for summary in (self.image, self.text) if summary)
+
+    @property
+    def missing_parts(self) -> int:
+        """Parts that are left to other processes."""
+        return max(summary.missing_parts for summary in self.summaries)
+
+    def to_json(self) -> dict[str, Any]:
+        """Of one modality its fields; of both, each under its name."""
+        by_modality = {summary.modality: summary.to_json() for summary in self.summaries}
+        return by_modality if len(by_modality) > 1 else self.summaries[0].to_json()
+
+
+@os_errors_explained()
+def embed(
+    model: str | Path | Model | VisionLanguageModel,
+    shards: Shards,
+    out: str | Path,
+    *,
+    modality: Literal["image", "text", "both"] = "image",
+    batch_size: int | Literal["auto"] = 256,
+    workers: int = 1,
+    processes: int = 1,
+    allow_damage: bool = False,
+    selection: str | Path | None = None,
+    store: Literal["float16", "float32"] = "float16",
+    quantize: Sequence[Literal["int8", "binary"]] = (),
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    compile: bool = False,
+    engine: Engine = "local",
+    ray_address: str | None = None,
+) -> EmbedResult:
+    """Embed the images, the captions, or both, of shards, as `vlm embed` does; repeat the call to resume it.
+
+    Args:
+        model: MODEL as for `vlm.load`, or a model, whose device and precision then count; several processes load it
+            themselves, by its name.
+        out: folder for the embeddings; of both modalities, for the folders images and texts.
+        processes: how many to start, each with a model of its own; under a launcher each process makes this call.
+        selection: file of `vlm curate`: embed only its samples.
+        store: precision of the vectors. quantize: quantized copies to store, too.
+        compile: compile the image tower, which takes a minute or more at the start.
+        engine: ray starts the processes on a Ray cluster: that of `ray_address`, of the variable RAY_ADDRESS, or one of
+            this machine. Its machines must see the model, the shards and `out` under the same paths.
+
+    Raises:
+        UsageError: an option is out of range, `out` holds something else, or the cluster has no room.
+        VlmError: a shard is damaged, or no sample can be used.
+    """
+    if isinstance(model, Model):
+        model = model.encoder
+    if isinstance(model, VisionLanguageModel):
+        # the folder notes what its rows were computed in
+        precision = precision_name(model)
+    job = _EmbedJob(
+        model=str(model) if isinstance(model, str | Path) else model,
+        shards=join_shards(shards),
+        # both modalities in one pass, so that each shard is read once
+        folders=_output_folders(Path(out), modality),
+        device=device,
+        options=EmbedOptions(
+            model_spec=str(model) if isinstance(model, str | Path) else model.name,
+            batch_size=batch_size,
+            workers=workers,
+            allow_damage=allow_damage,
+            storage=VectorStorage(store=store, codes=tuple(sorted(set(quantize)))),
+            is_compiled=compile,
+            precision=precision,
+        ),
+        selection=None if selection is None else Path(selection),
+    )
+    check_processes(processes)
+    if engine != "local" or ray_address is not None:
+        check_engine(engine, ray_address)
+    if engine == "ray":
+        source, cluster = _on_cluster(job, processes, ray_address)
+        folders = job.folders
+        summaries = embed_on_ray(source, shards_at(job.shards), folders, job.options, cluster, selection=job.selection)
+        return EmbedResult(image=summaries.get("image"), text=summaries.get("text"))
+    if processes == 1:
+        return job.run()
+    _check_device(device)
+    # by its name: a loaded model is too large to be sent, and each process needs its own device
+    results = run_in_processes(_EmbedJob.run, replace(job, model=job.options.model_spec), processes)
+    # the one that wrote the last manifest knows all counts; none did where all was complete already
+    finished = next((result for result in results if result.summaries[0].ended_here), results[0])
+    return replace(finished, share=SINGLE_PROCESS)
+
+
+@os_errors_explained()
+def caption_shards(
+    model: str | Path | Model | VisionLanguageModel,
+    shards: Shards,
+    out: str | Path | None = None,
+    *,
+    decoding: DecodingOptions | None = None,
+    batch_size: int = 64,
+    workers: int = 1,
+    processes: int = 1,
+    allow_damage: bool = False,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    engine: Engine = "local",
+    ray_address: str | None = None,
+) -> RecaptionSummary:
+    """Write new captions of all samples of shards beside them, as `vlm caption MODEL SHARDS` does; repeat to resume.
+
+    Training mixes them in: `captions_from` and `caption_mix` of its loader, or of a source of a mixture.
+
+    Args:
+        model: MODEL as for `vlm.load`, or a model, whose device and precision then count; several processes load it
+            themselves, by its name.
+        out: folder for the captions; by default `captions` in the folder of the shards.
+        decoding: how captions are written, and how many of each image.
+        processes: how many to start, each with a model of its own; under a launcher each process makes this call.
+        engine, ray_address: as of `embed`.
+
+    Raises:
+        UsageError: the model has no caption decoder, an option is out of range, or `out` holds something else.
+        VlmError: a shard is damaged, or no sample can be used.
+    """
+    if isinstance(model, Model):
+        model = model.encoder
+    if isinstance(model, VisionLanguageModel):
+        # what the captions depend on is the model that is there, not the argument
+        precision = precision_name(model)
+    url = join_shards(shards)
+    job = _CaptionJob(
+        model=str(model) if isinstance(model, str | Path) else model,
+        shards=url,
+        out=sidecar_folder(shards_at(url)) if out is None else Path(out),
+        device=device,
+        options=RecaptionOptions(
+            model_spec=str(model) if isinstance(model, str | Path) else model.name,
+            decoding=decoding or DecodingOptions(),
+            batch_size=batch_size,
+            workers=workers,
+            allow_damage=allow_damage,
+            precision=precision,
+        ),
+    )
+    check_processes(processes)
+    if engine != "local" or ray_address is not None:
+        check_engine(engine, ray_address)
+    if engine == "ray":
+        source, cluster = _on_cluster(job, processes, ray_address)
+        return caption_on_ray(source, shards_at(job.shards), job.out, job.options, cluster)
+    if processes == 1:
+        return job.run()
+    _check_device(device)
+    results = run_in_processes(_CaptionJob.run, replace(job, model=job.options.model_spec), processes)
+    finished = next((result for result in results if result.ended_here), results[0])
+    return replace(finished, new_samples=sum(result.new_samples for result in results))
+
+
+def sidecar_folder(shards: Sequence[str]) -> Path:
+    """Where captions of shards go by default: `captions` in their folder.
+
+    Raises:
+        UsageError: they lie in several folders, or not on this machine.
+    """
+    # one sidecar for all of them, so it has one place only where they share a folder
+    folders = {shard.rpartition("/")[0] for shard in shards}
+    if len(folders) > 1 or is_remote(shards[0]):
+        raise UsageError(f"{shards[0]} and the others lie in no one local folder; name one for the captions (--out).")
+    return Path(shards[0]).parent / "captions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CaptionJob:
+    """The share of a process of the captions of shards."""
+
+    model: str | VisionLanguageModel
+    shards: str
+    out: Path
+    device: str
+    options: RecaptionOptions
+
+    def run(self) -> RecaptionSummary:
+        """Load the model and caption this process's share."""
+        rank = ProcessRank.from_environment()
+        model = self.model
+        if isinstance(model, str):
+            device = _device_of_rank(self.device, rank)
+            model = load_model(model, device=device, precision=self.options.precision)
+        return recaption(model, shards_at(self.shards), self.out, replace(self.options, share=rank))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EmbedJob:
+    """The share of a process of the work on shards."""
+
+    model: str | VisionLanguageModel
+    shards: str
+    folders: dict[Modality, Path]
+    device: str
+    options: EmbedOptions
+    selection: Path | None
+
+    def run(self) -> EmbedResult:
+        """Load the model and embed this process's share."""
+        rank = ProcessRank.from_environment()
+        options = replace(
+            self.options, share=rank, selection=read_selection(self.selection) if self.selection else None
+        )
+        shards = shards_at(self.shards)
+        model = self.model
+        if isinstance(model, str):
+            model = load_model(model, device=_device_of_rank(self.device, rank), precision=options.precision)
+        summaries = embed_into(model, shards, self.folders, options)
+        return EmbedResult(image=summaries.get("image"), text=summaries.get("text"), share=rank)
+
+
+def _on_cluster(
+    job: "_EmbedJob | _CaptionJob", processes: int, ray_address: str | None
+) -> tuple[ModelSource, RayCluster]:
+    _check_device(job.device)
+    source = ModelSource(spec=job.options.model_spec, device=job.device, precision=job.options.precision)
+    return source, RayCluster(processes=processes, address=ray_address, uses_gpus=job.device != "cpu")
+
+
+def check_processes(processes: int) -> None:
+    """Refuse a number of processes to start that is below one, or where a launcher has started some.
+
+    Raises:
+        UsageError: it is.
+    """
+    if processes < 1:
+        raise UsageError(f"processes = {processes} is out of range: give at least 1.")
+    world_size = ProcessRank.from_environment().world_size
+    if processes > 1 and world_size > 1:
+        raise UsageError(
+            f"A launcher has started {world_size} processes already; omit --processes. (A script that starts them "
+            "itself makes this call under if __name__ == '__main__'.)"
+        )
+
+
+def _check_device(device: str) -> None:
+    # one named GPU would hold a model of each process
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"--device {device}: each of several processes uses a GPU of its own; omit --device.")
+
+
+def _output_folders(out: Path, modality: Literal["image", "text", "both"]) -> dict[Modality, Path]:
+    if modality == "image" or modality == "text":
+        return {modality: out}
+    if modality != "both":
+        raise UsageError(f"modality = {modality!r}; give image, text or both.")
+    # the marks of an output folder of one modality, which subfolders would be lost in
+    if any((out / name).exists() for name in (MANIFEST, PROGRESS)):
+        raise UsageError(f"{out} holds other output; --modality both needs a folder of its own.")
+    return {"image": out / "images", "text": out / "texts"}
+
+
+def _device_of_rank(device: str, rank: ProcessRank) -> str:
+    """With several processes on a machine with GPUs, each uses the GPU of its local rank."""
+    if device != "auto" or rank.world_size == 1 or not torch.cuda.is_available():
+        return device
+    # more processes than GPUs share them in turn
+    return f"cuda:{rank.local_rank % torch.cuda.device_count()}"
