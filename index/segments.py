@@ -15,12 +15,12 @@ The search plan, which never returns fewer results than there are:
 - A query for which FAISS finds too few rows is answered by comparing all of them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -39,8 +39,8 @@ from vlm.index.ann.faiss_search import (
     set_search_effort,
     to_float32,
 )
-from vlm.index.ann.gpu import MAX_GPU_RESULTS, gpu_unsupported_reason, make_add_function
-from vlm.index.ann.index_types import INDEX_TYPES, TuningParams
+from vlm.index.ann.gpu import MAX_GPU_RESULTS, gpu_unsupported_reason
+from vlm.index.ann.index_types import INDEX_TYPES, TuningParams, fill_index
 from vlm.index.embeddings_folder import Embeddings, find_non_unit_rows, normalize_rows, open_vectors
 from vlm.index.engine_base import ScoredRows
 from vlm.index.index_files import REBUILD_HINT, FailPoint, Segment, no_failpoint, segment_file
@@ -74,21 +74,48 @@ class Vectors:
         return self.stored.shape[1]
 
     def blocks(self, rows_at_once: int = _ROWS_AT_ONCE) -> Iterator[Float32[Array, "N D"]]:
-        """All rows in order."""
-        for first in range(0, len(self), rows_at_once):
-            yield normalize_rows(to_float32(self.stored[first : first + rows_at_once]))
+        """All rows in order, read from the file: pages that are mapped count as memory of this process."""
+        with self.path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            for first in range(0, len(self), rows_at_once):
+                # not kept by a name of this generator, so that there are never two blocks
+                yield _read_units(file, (min(rows_at_once, len(self) - first), self.dimension))
 
     def take(self, positions: Int64[Array, " N"]) -> Float32[Array, "N D"]:
         """The rows at the given positions."""
         # a run of neighbours is a slice of the mapped file, which costs no gather
         spans_a_run = len(positions) and positions[-1] - positions[0] == len(positions) - 1
         if spans_a_run and (np.diff(positions) == 1).all():
-            return normalize_rows(to_float32(self.stored[positions[0] : positions[-1] + 1]))
-        return normalize_rows(to_float32(self.stored[positions]))
+            return _units(self.stored[positions[0] : positions[-1] + 1])
+        return _units(self.stored, positions)
 
     def sample(self, count: int, *, seed: int) -> Float32[Array, "N D"]:
         """`count` distinct rows (all of them if there are fewer), sampled uniformly, in row order."""
         return self.take(np.sort(np.random.default_rng(seed).permutation(len(self))[:count]))
+
+
+# what is made of them on the way to unit vectors stays in a processor's cache
+_CONVERTED_AT_ONCE = 4096
+
+
+def _read_units(file: BinaryIO, shape: tuple[int, int]) -> Float32[Array, "N D"]:
+    """The next float16 rows of a file as float32 of unit length."""
+    units = np.empty(shape, np.float32)
+    for first in range(0, len(units), _CONVERTED_AT_ONCE):
+        block = units[first : first + _CONVERTED_AT_ONCE]
+        block[:] = normalize_rows(to_float32(np.fromfile(file, np.float16, block.size).reshape(block.shape)))
+    return units
+
+
+def _units(stored: Float16[Array, "N D"], positions: Int64[Array, " M"] | None = None) -> Float32[Array, "_ D"]:
+    """The rows, or those at the positions, as float32 of unit length."""
+    count = len(stored) if positions is None else len(positions)
+    units = np.empty((count, stored.shape[1]), np.float32)
+    for first in range(0, count, _CONVERTED_AT_ONCE):
+        block = slice(first, first + _CONVERTED_AT_ONCE)
+        units[block] = normalize_rows(to_float32(stored[block if positions is None else positions[block]]))
+    return units
 
 
 def open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
@@ -167,13 +194,12 @@ def write_segment(
     with atomic_write(rows_path) as file:
         np.save(file, rows, allow_pickle=False)
 
-    vectors = Vectors(vectors_path, len(rows), dimension)
-    # training sees the rows as they are stored, rounded to float16
     gpu = find_gpu()
-    prepared = INDEX_TYPES[kind](vectors, tuning, gpu)
-    _add_all(vectors, make_add_function(prepared.index, gpu) if gpu else prepared.index.add)
-
-    duplicates = find_duplicate_rows(vectors.stored)
+    # training sees the rows as they are stored, rounded to float16; each step maps the file for itself, as the pages
+    # that it reads count as memory until they are unmapped
+    prepared = INDEX_TYPES[kind](Vectors(vectors_path, len(rows), dimension), tuning, gpu)
+    duplicates = find_duplicate_rows(Vectors(vectors_path, len(rows), dimension).stored)
+    _add_all(prepared.index, Vectors(vectors_path, len(rows), dimension), gpu)
     segment = Segment(
         number=number,
         kind=kind,
@@ -228,15 +254,11 @@ def check_lengths(block: Float[Array, "N D"], first_row: int) -> None:
         )
 
 
-def _add_all(vectors: Vectors, add: Callable[[Float32[Array, "N D"]], None]) -> None:
-    if len(vectors) < _MIN_ROWS_FOR_PROGRESS:
-        for block in vectors.blocks():
-            add(block)
-        return
-    with progress(total=len(vectors), what="index", unit=" rows") as bar:
-        for block in vectors.blocks():
-            add(block)
-            bar.update(len(block))
+def _add_all(index: "faiss.Index", vectors: Vectors, gpu: CopyToGpu | None) -> None:
+    is_long = len(vectors) >= _MIN_ROWS_FOR_PROGRESS
+    with progress(total=len(vectors), what="index", unit=" rows", is_shown=is_long) as bar:
+        for count in fill_index(index, vectors.blocks, len(vectors), gpu):
+            bar.update(count)
 
 
 class SegmentReader:

@@ -14,17 +14,19 @@ compare by inner product of unit vectors, for which the nearest rows are also th
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import ceil, log2, sqrt
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
+
 from vlm.config import lookup
 from vlm.errors import UsageError
-from vlm.index.ann.faiss_search import CopyToGpu, load_faiss
-from vlm.index.ann.gpu import extract_ivf, train
-from vlm.tensor_types import Array, Float32
+from vlm.index.ann.faiss_search import CopyToGpu, load_faiss, unwrap_transforms
+from vlm.index.ann.gpu import extract_ivf, make_add_function, train
+from vlm.tensor_types import Array, Float32, Int64
 
 if TYPE_CHECKING:
     import faiss
@@ -162,6 +164,58 @@ def check_range(name: str, value: int, limit: int, reason: str, *, least: int = 
     """
     if not least <= value <= limit:
         raise UsageError(f"{name} = {value:,} is out of range: it must be {least} to {limit:,} ({reason}).")
+
+
+def fill_index(
+    index: "faiss.Index", blocks: Callable[[], Iterable[Float32[Array, "_ D"]]], count: int, gpu: CopyToGpu | None
+) -> Iterator[int]:
+    """Add rows to a trained index; gives the number of rows after each step of the work.
+
+    An index of whole rows takes its memory at once. FAISS itself doubles that of a list whenever it is full, and so
+    holds up to twice as much as there is. The bytes are the same.
+
+    blocks: gives the rows, `count` in all, from the first on each time it is called.
+    """
+    ivf = unwrap_transforms(index)
+    if not isinstance(ivf, load_faiss().IndexIVFFlat):
+        _reserve_rows(ivf, count)
+        add = make_add_function(index, gpu) if gpu else index.add
+        for block in blocks():
+            add(block)
+            num_rows = len(block)
+            # before the next one is made
+            del block
+            yield num_rows
+        return
+    quantizer = gpu(ivf.quantizer) if gpu else ivf.quantizer
+    lists: list[Int64[Array, "_ 1"]] = []
+    for block in blocks():
+        lists.append(quantizer.search(block, 1)[1])
+        del block
+        # nearly all of the work: the second time, rows are only copied
+        yield len(lists[-1])
+    _reserve_lists(ivf, np.bincount(np.concatenate(lists)[:, 0], minlength=ivf.nlist))
+    pointer = load_faiss().swig_ptr
+    remaining = iter(lists)
+    for block in blocks():
+        ivf.add_core(len(block), pointer(block), None, pointer(next(remaining)))
+        del block
+
+
+def _reserve_lists(ivf: Any, sizes: Int64[Array, " L"]) -> None:
+    lists = load_faiss().downcast_InvertedLists(ivf.invlists)
+    for number, size in enumerate(sizes.tolist()):
+        # what was resized once keeps its memory
+        lists.resize(number, size)
+        lists.resize(number, 0)
+
+
+def _reserve_rows(index: Any, count: int) -> None:
+    faiss = load_faiss()
+    rows = faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSW) else index
+    if isinstance(rows, faiss.IndexFlatCodes):
+        rows.codes.resize(count * rows.code_size)
+        rows.codes.resize(0)
 
 
 Parameters = Mapping[str, int]

@@ -9,7 +9,7 @@ import pytest
 from tests.index.test_index_types import WITH_LISTS, filled
 from vlm.index.ann import gpu
 from vlm.index.ann.faiss_search import find_gpu, gpu_unavailable_reason
-from vlm.index.ann.index_types import INDEX_TYPES
+from vlm.index.ann.index_types import INDEX_TYPES, fill_index
 from vlm.index.embeddings_folder import normalize_rows
 from vlm.index.reader import Index
 from vlm.index.segments import SegmentReader
@@ -54,6 +54,10 @@ def test_rows_whose_lists_a_copy_found_are_where_the_index_itself_puts_them(kind
     assert other.ntotal == own.ntotal == len(rows)
     np.testing.assert_array_equal(own.search(rows[:50], 10)[1], other.search(rows[:50], 10)[1])
     assert len(copies.made) == (kind in WITH_LISTS and kind != "ivfpq")
+    other.reset()
+    assert list(fill_index(other, lambda: [rows[:1700], rows[1700:]], len(rows), copies)) == [1700, 1300]
+    np.testing.assert_array_equal(own.search(rows[:50], 10)[1], other.search(rows[:50], 10)[1])
+    assert len(copies.made) == 2 * (kind in WITH_LISTS and kind != "ivfpq")
 
 
 @pytest.mark.parametrize("kind", WITH_LISTS)

@@ -6,7 +6,7 @@ import pytest
 
 from vlm.errors import UsageError, VlmError
 from vlm.index.ann.faiss_search import CopyToGpu, effort_limit, load_faiss, num_candidates, rerank, search_parameters
-from vlm.index.ann.index_types import INDEX_TYPES, TuningParams, resolve_index_type
+from vlm.index.ann.index_types import INDEX_TYPES, TuningParams, fill_index, resolve_index_type
 from vlm.index.embeddings_folder import normalize_rows
 
 WITH_LISTS = ("ivf", "ivfsq", "ivfpq", "rabitq")
@@ -34,6 +34,11 @@ def filled(kind: str, vectors: np.ndarray, gpu: CopyToGpu | None = None, /, **wi
     prepared = INDEX_TYPES[kind](rows, TuningParams(**wishes), gpu)
     prepared.index.add(vectors)  # pyright: ignore[reportCallIssue]
     return prepared
+
+
+def blocks_of(vectors: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
+    """The rows cut into blocks."""
+    return np.split(vectors, np.cumsum(sizes)[:-1])
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +108,28 @@ def test_with_all_effort_and_reranking_every_kind_gives_what_a_scan_gives(kind: 
     exact = np.sort(queries @ vectors.T, axis=1)[:, :-11:-1]
     np.testing.assert_allclose(scores, exact, atol=1e-3 if prepared.rerank else 1e-6)
     np.testing.assert_allclose(np.einsum("qd,qkd->qk", queries, vectors[positions]), exact, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", list(INDEX_TYPES))
+def test_an_index_that_is_filled_with_its_memory_reserved_has_the_bytes_of_one_that_grows(
+    kind: str, vectors: np.ndarray
+) -> None:
+    faiss = load_faiss()
+    threads = faiss.omp_get_max_threads()
+    # a graph built by several threads is not reproducible
+    faiss.omp_set_num_threads(1)
+    try:
+        grown, reserved = filled(kind, vectors[:1000]).index, filled(kind, vectors[:1000]).index
+        grown.reset()
+        reserved.reset()
+        blocks = blocks_of(vectors, [700, 1, 1299])
+        for block in blocks:
+            grown.add(block)
+        assert list(fill_index(reserved, lambda: blocks, len(vectors), None)) == [700, 1, 1299]
+    finally:
+        faiss.omp_set_num_threads(threads)
+    assert reserved.ntotal == len(vectors)
+    np.testing.assert_array_equal(faiss.serialize_index(grown), faiss.serialize_index(reserved))
 
 
 @pytest.mark.parametrize("kind", list(INDEX_TYPES))
