@@ -130,6 +130,11 @@ _COPY = (
     f" SELECT row FROM old.rows WHERE died <= :seen AND died < {LATEST}) ORDER BY field, value, row",
     "INSERT INTO main.captions_text(rowid, text) SELECT row, words(captions) FROM main.rows",
 )
+# in two terms, since all rows are counted in an index of few bytes a row, and the hidden ones are few
+_COUNT = (
+    "SELECT (SELECT count(*) FROM rows) - (SELECT count(*) FROM rows WHERE born > ?1)"
+    f" - (SELECT count(*) FROM rows WHERE died <= ?1 AND died < {LATEST} AND born <= ?1)"
+)
 _SET_WORDS_VERSION = f"PRAGMA user_version = {WORDS_VERSION}"
 
 
@@ -139,7 +144,7 @@ def write_catalogue(path: Path, rows: Iterable[tuple[int, Origin]], *, generatio
     Raises:
         VlmError: two rows have the same uid, or the disk is full.
     """
-    with _new(path) as database:
+    with _new(path, generation) as database:
         return insert_rows(database, rows, generation=generation)
 
 
@@ -151,7 +156,7 @@ def copy_catalogue(source: Path, path: Path, rows: Int64[Array, " N"], *, seen: 
     Raises:
         VlmError: the other catalogue has other rows, is damaged, or the disk is full.
     """
-    with _new(path, old_catalogue=source) as database:
+    with _new(path, generation, old_catalogue=source) as database:
         database.create_function("words", 1, _words_of, deterministic=True)
         for statement in _COPY:
             database.execute(statement, {"seen": seen, "generation": generation})
@@ -179,12 +184,15 @@ def update_catalogue(
         database.executemany(f"UPDATE rows SET died = ? WHERE row = ? AND died = {LATEST}", deletions)
         failpoint(f"{path.name} within its transaction")
         insert_rows(database, inserted, generation=generation)
+        _record_count(database, generation)
         failpoint(f"{path.name} before its commit")
 
 
 @contextlib.contextmanager
-def edited_copy(source: Path, path: Path) -> Iterator[sqlite3.Connection]:
+def edited_copy(source: Path, path: Path, *, generation: int) -> Iterator[sqlite3.Connection]:
     """A copy of a catalogue under another name, in a transaction that ends with the block.
+
+    generation: of the version that it is for.
 
     Raises:
         VlmError: it is damaged, or the disk is full.
@@ -192,10 +200,18 @@ def edited_copy(source: Path, path: Path) -> Iterator[sqlite3.Connection]:
     shutil.copyfile(source, path)
     with _opened(path) as database, _bitmaps_claimed(database, source.name, path.name):
         yield database
+        _record_count(database, generation)
     # the copied pages too, which SQLite did not write
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     fsync_folder(path.parent)
+
+
+def _record_count(database: sqlite3.Connection, generation: int) -> None:
+    """Keep the number of rows of a version: to count them takes the longest of what opening an index takes."""
+    database.execute("CREATE TABLE IF NOT EXISTS counts (generation INTEGER PRIMARY KEY, rows INTEGER NOT NULL)")
+    database.execute("DELETE FROM counts WHERE generation < ?", (generation - 1,))
+    database.execute(f"INSERT OR REPLACE INTO counts SELECT ?1, ({_COUNT})", (generation,))
 
 
 @contextlib.contextmanager
@@ -243,7 +259,7 @@ def max_row(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _new(path: Path, *, old_catalogue: Path | None = None) -> Iterator[sqlite3.Connection]:
+def _new(path: Path, generation: int, *, old_catalogue: Path | None = None) -> Iterator[sqlite3.Connection]:
     """A new catalogue in its only transaction; its indexes are made on leaving. old_catalogue: attached as `old`."""
     with (
         _sqlite_errors_as_ours(path, is_writing=True),
@@ -260,6 +276,7 @@ def _new(path: Path, *, old_catalogue: Path | None = None) -> Iterator[sqlite3.C
             database.execute(index)
         write_bitmaps(database)
         claim_bitmaps(database, path.name)
+        _record_count(database, generation)
         # merges the pieces of the full-text index into one, which is faster to search
         database.execute("INSERT INTO captions_text(captions_text) VALUES ('optimize')")
         database.execute("COMMIT")
@@ -400,12 +417,16 @@ class Catalogue(EngineCatalogue):
 
     def __len__(self) -> int:
         # one statement, because a writer may commit between two
-        query = (
-            "SELECT (SELECT count(*) FROM rows) - (SELECT count(*) FROM rows WHERE born > ?1)"
-            f" - (SELECT count(*) FROM rows WHERE died <= ?1 AND died < {LATEST} AND born <= ?1)"
-        )
         with self._reading() as database:
-            return database.execute(query, (self.generation,)).fetchone()[0]
+            return database.execute(_COUNT, (self.generation,)).fetchone()[0]
+
+    def recorded_count(self) -> int | None:
+        """The number of rows that the change which made this version recorded; None: an older program made it."""
+        with self._reading() as database:
+            if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'counts'").fetchone():
+                return None
+            found = database.execute("SELECT rows FROM counts WHERE generation = ?", (self.generation,)).fetchone()
+            return found[0] if found else None
 
     def count_hidden(self) -> int:
         """Number of rows in the file that this version does not see."""

@@ -121,13 +121,24 @@ def _open_version(folder: Path, manifest: Manifest, before: IndexSnapshot | None
 
     # the cheapest test that segments and catalogue are of the same version
     num_live = sum(view.count for view in snapshot.views)
+    if not num_live == snapshot.catalogue.recorded_count() == len(snapshot):
+        check_counts(snapshot)
+    return snapshot
+
+
+def check_counts(snapshot: IndexSnapshot) -> None:
+    """Compare the numbers of rows in segments, catalogue and manifest; the catalogue's are counted.
+
+    Raises:
+        VlmError: they differ.
+    """
+    num_live = sum(view.count for view in snapshot.views)
     num_listed = len(snapshot.catalogue)
     if not num_live == num_listed == len(snapshot):
         raise VlmError(
-            f"{folder} is inconsistent: {num_live:,} live rows in its segments and {num_listed:,} in "
-            f"{details.catalogue}, {len(snapshot):,} were written; {REBUILD_HINT}."
+            f"{snapshot.folder} is inconsistent: {num_live:,} live rows in its segments and {num_listed:,} in "
+            f"{snapshot.details.catalogue}, {len(snapshot):,} were written; {REBUILD_HINT}."
         )
-    return snapshot
 
 
 def _open_segments_of(before: IndexSnapshot | None) -> Mapping[_Identity, SegmentReader]:

@@ -312,6 +312,9 @@ class SegmentReader:
         # segments never overlap, so most of the rows are cut off before the search
         first, last = np.searchsorted(rows, [self.rows[0], self.rows[-1] + 1])
         in_range = rows[first:last]
+        # without a gap, as in every segment until rows of it are deleted and it is written again
+        if self.rows[-1] - self.rows[0] == len(self) - 1:
+            return in_range - self.rows[0]
         positions = np.minimum(np.searchsorted(self.rows, in_range), len(self) - 1)
         return positions[self.rows[positions] == in_range].astype(np.int64)
 

@@ -13,7 +13,7 @@ from vlm.index.catalog import Catalogue
 from vlm.index.embeddings_folder import find_non_unit_rows, normalize_rows
 from vlm.index.index_files import IndexDetails
 from vlm.index.metadata import metadata_fields
-from vlm.index.reader import IndexSnapshot, open_snapshot
+from vlm.index.reader import IndexSnapshot, check_counts, open_snapshot
 from vlm.index.row_map import read_map
 from vlm.index.segments import SegmentReader
 from vlm.index.writer import strays
@@ -80,6 +80,7 @@ def _check(folder: Path, manifest: Manifest, *, sample: int, seed: int) -> Check
     if not faults:
         try:
             snapshot = open_snapshot(folder)
+            check_counts(snapshot)
         except VlmError as error:
             faults.append(Fault(part="joins", what=str(error)))
         else:

@@ -447,7 +447,8 @@ class IndexWriter(EngineWriter[IndexSnapshot]):
             source = self.folder / previous.details["catalogue"]
 
             def write_catalogue() -> None:
-                with edited_copy(source, self.folder / pending.details.catalogue) as database:
+                path = self.folder / pending.details.catalogue
+                with edited_copy(source, path, generation=pending.number) as database:
                     restore_rows(database, generation=previous.generation)
 
             self._commit(pending, write_catalogue)
@@ -476,7 +477,8 @@ class IndexWriter(EngineWriter[IndexSnapshot]):
 
                 def write_catalogue() -> None:
                     nonlocal num_edited
-                    with edited_copy(snapshot.catalogue.path, self.folder / pending.details.catalogue) as database:
+                    path = self.folder / pending.details.catalogue
+                    with edited_copy(snapshot.catalogue.path, path, generation=pending.number) as database:
                         num_edited = edit(database)
                         self._failpoint(f"{pending.details.catalogue} before its commit")
 

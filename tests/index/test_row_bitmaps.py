@@ -146,5 +146,18 @@ def test_changes_of_an_index_keep_its_bitmaps(make_index: MakeIndex) -> None:
         ):
             change()
             assert agrees(writer.snapshot.catalogue.path)
+            assert writer.snapshot.catalogue.recorded_count() == len(writer.snapshot)
             assert check_index(folder).faults == ()
     assert Index.open(folder).catalogue.where(parse_filter("new = 'x'")).tolist() == [4]
+
+
+@pytest.mark.parametrize("statement", ["DROP TABLE counts", "DELETE FROM counts", "UPDATE counts SET rows = 7"])
+def test_an_index_whose_rows_an_older_version_did_not_count_is_counted(make_index: MakeIndex, statement: str) -> None:
+    folder = make_index(20)
+    path = Index.open(folder).catalogue.path
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute(statement)
+    assert len(Index.open(folder)) == 20
+    with IndexWriter(folder) as writer:
+        writer.delete(["k0"])
+        assert writer.snapshot.catalogue.recorded_count() == 19
