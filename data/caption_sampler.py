@@ -8,13 +8,13 @@ known by their content, so they may be moved or renamed, and a run may read some
 import math
 import re
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vlm.data.sampler import LruCache
 from vlm.data.samples import (
     TAGS,
     UNNAMED,
@@ -81,6 +81,8 @@ class CaptionSampler:
             BadSample: there is none in the requested languages, or its weights do not fit.
         """
         captions = sample.captions
+        if not self.languages and captions and _WEIGHTS not in sample.metadata:
+            return self._draw_from_first(captions, rng)
         tags = parse_tags(sample.metadata) if TAGS in self.languages else ()
         if tags:
             # a new dictionary: the numbers of captions are counted in the one that was stored
@@ -100,6 +102,17 @@ class CaptionSampler:
             text = sentences[random_below(rng, len(sentences))]
         number = _caption_index(sample.captions, stored_language, position)
         return SampledCaption(text=text, language=language, number=number)
+
+    def _draw_from_first(self, captions: Captions, rng: RandomSource) -> SampledCaption:
+        """As `__call__` where no language is requested and no weights are given, which is nearly always."""
+        rng.random()  # of the one language, as where there are several
+        language, texts = next(iter(captions.items()))
+        position = random_below(rng, len(texts))
+        text = texts[position]
+        if self.sentences:
+            sentences = split_sentences(text)
+            text = sentences[random_below(rng, len(sentences))]
+        return SampledCaption(text, language, position)
 
     def sentences_of(self, sample: Sample) -> list[str]:
         """The different sentences of all captions in the requested languages, in their order; tags have none."""
@@ -262,7 +275,7 @@ class CaptionMix:
     """
 
     shards: tuple[MixedShard | None, ...]
-    _tables: "OrderedDict[Path, pyarrow.Table]" = field(default_factory=OrderedDict, repr=False, compare=False)
+    _tables: LruCache = field(default_factory=lambda: LruCache(_MAX_OPEN_TABLES), repr=False, compare=False)
 
     def draw(self, shard: int, number: int, key: str, rng: RandomSource) -> SampledCaption | None:
         """One of the new captions, drawn uniformly; None where the sample keeps its own.
@@ -275,7 +288,7 @@ class CaptionMix:
         mixed = self.shards[shard]
         if mixed is None or rng.random() >= mixed.probability:
             return None
-        table = self._table(mixed.table)
+        table = self._tables.get(mixed.table, lambda: read_captions(mixed.table))
         if number >= len(table) or table.column("key")[number].as_py() != key:
             raise VlmError(
                 f"{mixed.table} has no captions of sample {number}, {key!r}: it is of other shards; run vlm caption "
@@ -286,18 +299,9 @@ class CaptionMix:
             return None
         return SampledCaption(texts[random_below(rng, len(texts))], SIDECAR_LANGUAGE, -1)
 
-    def _table(self, path: Path) -> "pyarrow.Table":
-        tables = self._tables
-        if path not in tables:
-            tables[path] = read_captions(path)
-            if len(tables) > _MAX_OPEN_TABLES:
-                tables.popitem(last=False)
-        tables.move_to_end(path)
-        return tables[path]
-
     def __getstate__(self) -> dict[str, Any]:
         # opened again in each process
-        return {"shards": self.shards, "_tables": OrderedDict()}
+        return {"shards": self.shards, "_tables": LruCache(_MAX_OPEN_TABLES)}
 
 
 def read_captions(path: Path) -> "pyarrow.Table":

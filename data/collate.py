@@ -5,7 +5,7 @@
 and leaves out what cannot be used.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, starmap
 from typing import Any, NamedTuple
@@ -124,13 +124,17 @@ class TrainingBatch:
         Records go as columns: pickle calls a function for each.
         """
         columns = {name: tuple(zip(*self.__dict__[name], strict=True)) for name in _RECORDS}
-        return self.__dict__ | columns | self._map_small(lambda tensor: tensor.cpu().numpy())
+        state = self.__dict__ | columns | self._map_small(lambda tensor: tensor.cpu().numpy())
+        # images that lie in a shared buffer leave an empty tensor here, which torch would take long to send
+        return state if len(self.images) else state | {"images": tuple(self.images.shape)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for name, kind in _RECORDS.items():
             columns = state[name]
             self.__dict__[name] = tuple(starmap(kind, zip(*columns, strict=True)))
+        if isinstance(self.images, tuple):
+            self.__dict__["images"] = torch.empty(self.images, dtype=torch.uint8)
         # the arrays are writable and owned by this process by now, so the tensors share their memory
         self.__dict__.update(self._map_small(torch.from_numpy))
 
@@ -166,6 +170,9 @@ MAX_BAD_IN_A_ROW = 100
 NO_IDENTITY = 0
 """Stands for a thing that equals no other."""
 _NO_IDENTITIES = (NO_IDENTITY, NO_IDENTITY)
+_NO_FEATURES: dict[str, np.ndarray] = {}
+# of pixels decoded before they are resized: half of a common second-level cache
+_CACHE_BYTES = 512 << 10
 
 
 class _DrawnSample(NamedTuple):
@@ -264,8 +271,13 @@ class TrainingCollator:
 
         # A damaged image may show only now, so that its replacement is read and drawn in between.
         buffers = self._allocate(len(sample_indices), shards)
-        for row, sample_index in enumerate(sample_indices):
-            samples[row] = self._decode_usable(row, sample_index, samples[row], buffers, shards, failures[row])
+        for rows in self._decoded_together(samples):
+            # likewise a few images are decoded before they are resized, as many as fit into the processor's cache
+            decoded = [self._decode(samples[row]) for row in rows]
+            for row, pixels in zip(rows, decoded, strict=True):
+                samples[row] = self._show_usable(
+                    row, sample_indices[row], samples[row], pixels, buffers, shards, failures[row]
+                )
 
         keys: list[str] = []
         drawn: list[SampledCaption] = []
@@ -314,23 +326,48 @@ class TrainingCollator:
             f"{failures[-1].detail}. See vlm inspect; --max-bad-in-a-row raises the limit."
         )
 
-    def _decode_usable(
+    def _decoded_together(self, samples: list[_DrawnSample]) -> Iterator[range]:
+        """The rows of the batch in stretches whose pixels are held at once; a large image is one of its own."""
+        first = 0
+        num_bytes = 0
+        for row, sample in enumerate(samples):
+            num_bytes += sample.image.num_bytes(resolution=self.view.resolution(sample.crop))
+            if num_bytes > _CACHE_BYTES and row > first:
+                yield range(first, row)
+                first = row
+                num_bytes = 0
+        yield range(first, len(samples))
+
+    def _decode(self, sample: _DrawnSample) -> UInt8[Array, "H W 3"] | BadSample | None:
+        """Its pixels as its view needs them, or why there are none; None where they are not decoded here."""
+        if not self._decodes:
+            return None
+        try:
+            return sample.image.pixels(resolution=self.view.resolution(sample.crop))
+        except BadSample as error:
+            return error
+
+    def _show_usable(
         self,
         row: int,
         requested: SampleIndex,
         sample: _DrawnSample,
+        pixels: UInt8[Array, "H W 3"] | BadSample | None,
         buffers: _ImageBuffers,
         shards: ShardSet,
         failures: list[SampleFailure],
     ) -> _DrawnSample:
-        """The sample that was decoded into a row of the buffers: this one, or the first after it that decodes."""
+        """The sample that is shown in a row of the buffers: this one, or the first after it that decodes."""
         while True:
             try:
-                self._decode_into(row, sample, buffers)
+                if isinstance(pixels, BadSample):
+                    raise pixels
+                self._show(row, sample, pixels, buffers)
             except BadSample as error:
                 failures.append(sample_failure(sample.used, error, shards, is_replacement=sample.attempt > 0))
                 # from the next attempt on: beginning at 0 again would try the same damaged samples for ever
                 sample = self._read_usable(requested, shards, failures, sample.attempt + 1)
+                pixels = self._decode(sample)
             else:
                 return sample
 
@@ -347,7 +384,7 @@ class TrainingCollator:
             if self.arrays.has_views:
                 view, view_rng = self.arrays.sample_view(sample, rng)
             arrays = self.arrays.rows(sample, view=view, caption=caption)
-        features: dict[str, np.ndarray] = {}
+        features = _NO_FEATURES
         if self.cached is not None:
             feature_rng = self._rng_for(sample_index, sample.key, "features")
             features = self.cached.rows(sample_index, sample, caption, feature_rng)
@@ -367,10 +404,10 @@ class TrainingCollator:
         )
 
     def _draw_caption(self, sample_index: SampleIndex, sample: Sample, rng: RandomSource) -> SampledCaption:
-        mixed = None
-        if self.caption_mix is not None:
-            mix_rng = self._rng_for(sample_index, sample.key, "mix")
-            mixed = self.caption_mix.draw(sample_index.shard, sample_index.number, sample.key, mix_rng)
+        if self.caption_mix is None:
+            return self.draw(sample, rng)
+        mix_rng = self._rng_for(sample_index, sample.key, "mix")
+        mixed = self.caption_mix.draw(sample_index.shard, sample_index.number, sample.key, mix_rng)
         # drawn in any case, so that mixing changes no crop
         try:
             own = self.draw(sample, rng)
@@ -384,14 +421,15 @@ class TrainingCollator:
         """The generator of one visit; a purpose of its own keeps an extra draw from shifting the others."""
         return SampleRng(self.seed, sample_index.epoch, key, sample_index.repeat, purpose)
 
-    def _decode_into(self, row: int, sample: _DrawnSample, buffers: _ImageBuffers) -> None:
+    def _show(
+        self, row: int, sample: _DrawnSample, pixels: UInt8[Array, "H W 3"] | None, buffers: _ImageBuffers
+    ) -> None:
+        """Put a sample's view, made of its pixels, into a row of the buffers."""
         image = sample.image
-        if self._reads_cached_images:
+        if pixels is None:
+            if self.decode_on_device:
+                buffers.prepared.append(prepare_view(image, sample.crop, self.view))
             return
-        if self.decode_on_device:
-            buffers.prepared.append(prepare_view(image, sample.crop, self.view))
-            return
-        pixels = image.pixels(resolution=self.view.resolution(sample.crop))
         self.view.cut(image, pixels, sample.crop, out=buffers.images[row])
         if self.local and buffers.local is not None:
             crops = self.local.draw(image.width, image.height, self._rng_for(sample.used, sample.key, "local"))

@@ -1,7 +1,8 @@
 """The streaming loader: batches by number, read and prepared in worker processes, the same for any number of them.
 
-`stream_batches` yields them; a collator makes a batch of the samples that a batch plan names, in a worker. Images
-travel from the workers in a `SharedMemoryPool` that is mapped once, before they start.
+`stream_batches` yields them; a collator makes a batch of the samples that a batch plan names, in a worker. Workers are
+processes, or threads of a few of them: decoding and resizing need no Python, and what a process holds is held once.
+Images travel from the processes in a `SharedMemoryPool` that is mapped once, before they start.
 """
 
 import gc
@@ -11,16 +12,19 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass
-from typing import Generic, Protocol, Self, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from typing_extensions import override
 
+from vlm.data.samples import SampleIndex
 from vlm.data.shard_cache import Prefetcher, ShardCache
 from vlm.data.shards import BatchPlan, Collator, ShardSet
 from vlm.errors import UsageError, VlmError
@@ -55,17 +59,20 @@ class SharedMemoryPool:
         # anonymous maps are inherited by fork and shared; one byte says whether a buffer is taken
         flags = mmap.mmap(-1, workers * buffers)
         memory = mmap.mmap(-1, workers * buffers * self._buffer_bytes)
+        # for the threads of a worker; each has a copy of its own since the fork
+        self._lock = threading.Lock()
         self._is_taken = np.frombuffer(flags, np.uint8).reshape(workers, buffers)
         self._memory = np.frombuffer(memory, np.uint8).reshape(workers, buffers, self._buffer_bytes)
 
     def acquire(self, worker: int, shape: tuple[int, ...]) -> UInt8[Array, "..."] | None:
         """In a worker: a free buffer of its own as an array of this shape; None if there is none or it is too small."""
         size = math.prod(shape)
-        # no lock: only its worker takes a buffer, and only the reader frees it
-        free = np.flatnonzero(self._is_taken[worker] == 0)
-        if size > self._buffer_bytes or not len(free):
-            return None
-        self._is_taken[worker, free[0]] = 1
+        # of no process but this one: only its worker takes a buffer, and only the reader frees it
+        with self._lock:
+            free = np.flatnonzero(self._is_taken[worker] == 0)
+            if size > self._buffer_bytes or not len(free):
+                return None
+            self._is_taken[worker, free[0]] = 1
         return self._memory[worker, free[0], :size].reshape(shape)
 
     def buffer_of(self, worker: int, filled: UInt8[Tensor, "..."]) -> SharedBuffer | None:
@@ -104,18 +111,23 @@ BatchT = TypeVar("BatchT", bound=HasImages, covariant=True)
 # beyond those that wait: the reader holds the current batch, and the next one on its way to the device
 _BUFFERS_IN_USE = 2
 _PARENT_SECONDS = 2.0
+WORKER_THREADS = 4
+"""Workers that share a process where their collator lets them; more would wait for Python's lock with small photos."""
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 class _WorkerShards(ShardSet):
-    """Shards whose images lie, in a worker, in a shared buffer that needs no copy, where one is free."""
+    """Shards whose images lie, in a worker, in a shared buffer that needs no copy, where one is free.
+
+    worker: the number of its process.
+    """
 
     buffers: SharedMemoryPool | None = None
+    worker: int = -1
 
     @override
     def allocate_images(self, shape: tuple[int, ...]) -> UInt8[Array, "..."]:
-        worker = get_worker_info()
-        buffer = self.buffers.acquire(worker.id, shape) if self.buffers and worker else None
+        buffer = self.buffers.acquire(self.worker, shape) if self.buffers and self.worker >= 0 else None
         return super().allocate_images(shape) if buffer is None else buffer
 
 
@@ -135,19 +147,65 @@ class _SharedBatch(Generic[BatchT]):
 
 
 @dataclass
-class _Batches(Dataset, Generic[BatchT]):
+class _Batches(IterableDataset[Any], Generic[BatchT]):
+    """The batches of some numbers; of several processes each makes those that are its turn.
+
+    threads: of each process. shards: those that this process reads by its main thread.
+    """
+
     plan: BatchPlan
     shards: _WorkerShards
     collate: Collator[BatchT]
+    numbers: range
+    threads: int
+    _of_thread: threading.local = field(default_factory=threading.local)
 
-    def __getitem__(self, index: int) -> "BatchT | _SharedBatch[BatchT] | _WorkerError":
+    @override
+    def __iter__(self) -> "Iterator[BatchT | _SharedBatch[BatchT] | _WorkerError]":
+        worker = get_worker_info()
+        own = self.numbers
+        self._of_thread.shards = self.shards
+        if worker is not None:
+            own = own[worker.id :: worker.num_workers]
+            self.shards.worker = worker.id
+        if worker is None or self.threads < 2:
+            return (self._make(self.plan[number]) for number in own)
+        return self._make_by_threads(own)
+
+    def _make_by_threads(self, numbers: range) -> "Iterator[BatchT | _SharedBatch[BatchT] | _WorkerError]":
+        # the first one alone: what is made when it is first needed (tables, settings of a tokenizer) is made once
+        for number in numbers[:1]:
+            yield self._make(self.plan[number])
+        pending: deque[Future[Any]] = deque()
+        pool = ThreadPoolExecutor(self.threads, "batches", self._init_thread)
         try:
-            batch = self.collate(self.plan[index], self.shards)
+            for number in numbers[1:]:
+                pending.append(pool.submit(self._make, self.plan[number]))
+                if len(pending) > self.threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            # nothing is begun once the reader has left
+            pool.shutdown(cancel_futures=True)
+
+    def _init_thread(self) -> None:
+        # a number of its own in each thread
+        torch.set_num_threads(1)
+        # and shards of its own: a set closes files that have not been used for long
+        shards = _WorkerShards(self.shards.shards, self.shards.cache)
+        shards.buffers = self.shards.buffers
+        shards.worker = self.shards.worker
+        self._of_thread.shards = shards
+
+    def _make(self, sample_indices: list[SampleIndex]) -> "BatchT | _SharedBatch[BatchT] | _WorkerError":
+        shards: _WorkerShards = self._of_thread.shards
+        try:
+            batch = self.collate(sample_indices, shards)
         except VlmError as error:
             return _WorkerError(error)
-        buffers = self.shards.buffers
-        worker = get_worker_info()
-        buffer = buffers.buffer_of(worker.id, batch.images) if buffers and worker else None
+        buffers = shards.buffers
+        buffer = buffers.buffer_of(shards.worker, batch.images) if buffers and shards.worker >= 0 else None
         return batch if buffer is None else _SharedBatch(batch.with_images(_NOTHING), buffer)
 
 
@@ -158,14 +216,16 @@ def stream_batches(
     *,
     numbers: range,
     workers: int = 0,
+    threads: int = 1,
     prefetch: int = 4,
     cache: ShardCache | None = None,
 ) -> Generator[BatchT, None, None]:
     """The batches of the given numbers, in order; closing the generator ends the workers.
 
-    workers: processes that read, decode and tokenize; 0 does it in this one. Which worker makes a batch has no
-        influence on its content, and nothing here draws from a global random generator.
-    prefetch: batches each worker keeps ready.
+    workers: that read, decode and tokenize; 0 does it in this process. Which worker makes a batch has no influence on
+        its content, and nothing here draws from a global random generator.
+    threads: so many workers share a process, of a collator that threads may use at once; see `WORKER_THREADS`.
+    prefetch: batches that a process keeps ready.
     cache: where remote and compressed shards are kept; those of the next window are fetched while this one is read.
 
     Raises:
@@ -174,19 +234,22 @@ def stream_batches(
     """
     if workers < 0:
         raise UsageError(f"workers = {workers}; give 0 or more (with 0 this process reads and decodes).")
+    processes = -(-workers // threads)
+    # as even as can be: a batch comes from each process in turn
+    threads = -(-workers // processes) if processes else 1
+    # with threads as many again are under way, so that fewer need to wait
+    waiting = prefetch if threads == 1 else max(prefetch // 2, 1)
     shard_set = _WorkerShards(shards, cache)
     if workers and collate.image_bytes:
+        buffers = waiting + _BUFFERS_IN_USE + (threads if threads > 1 else 0)
         buffer_bytes = plan.largest_batch * collate.image_bytes
         with suppress(OSError):  # so much cannot be mapped; fresh memory is used batch by batch
-            shard_set.buffers = SharedMemoryPool(
-                workers=workers, buffers=prefetch + _BUFFERS_IN_USE, buffer_bytes=buffer_bytes
-            )
+            shard_set.buffers = SharedMemoryPool(workers=processes, buffers=buffers, buffer_bytes=buffer_bytes)
     loader = DataLoader(
-        _Batches(plan, shard_set, collate),
+        _Batches(plan, shard_set, collate, numbers, threads),
         batch_size=None,
-        sampler=numbers,  # pyright: ignore[reportArgumentType]
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
+        num_workers=processes,
+        prefetch_factor=waiting if workers else None,
         generator=torch.Generator().manual_seed(0),  # else torch takes a number from the global generator
         worker_init_fn=_init_worker,
         # forked, not spawned: the shared buffers are anonymous mappings that only a fork inherits

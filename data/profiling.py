@@ -27,7 +27,7 @@ from vlm.console import pluralize
 from vlm.data.caption_sampler import CaptionSampler
 from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.decode import EncodedImage, open_image
-from vlm.data.loader import stream_batches
+from vlm.data.loader import WORKER_THREADS, stream_batches
 from vlm.data.sampler import BatchSampler, SampleOrder
 from vlm.data.samples import Sample, SampleIndex, SampleRng
 from vlm.data.shards import Collator, ShardSet, count_samples
@@ -554,7 +554,8 @@ def _measure_steady_rate(
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         numbers = range(num_warmup + num_batches)
         times: list[float] = []
-        for _ in stream_batches(plan, setup.shards, collate, numbers=numbers, workers=workers):
+        stream = stream_batches(plan, setup.shards, collate, numbers=numbers, workers=workers, threads=WORKER_THREADS)
+        for _ in stream:
             times.append(perf_counter())
     return LoaderRate(
         workers=workers,

@@ -14,6 +14,7 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate, groupby
 from math import gcd, lcm
+from threading import Lock
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -213,21 +214,23 @@ class SampleOrder:
 
 
 class LruCache:
-    """The values used last, by key."""
+    """The values used last, by key; threads may share it."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._values: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = Lock()
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value of a key, made where it is not held."""
-        if key in self._values:
-            self._values.move_to_end(key)
-        else:
-            self._values[key] = make()
-            if len(self._values) > self._size:
-                self._values.popitem(last=False)
-        return self._values[key]
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            else:
+                self._values[key] = make()
+                if len(self._values) > self._size:
+                    self._values.popitem(last=False)
+            return self._values[key]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,13 +5,16 @@ workers nor a resumed run changes it.
 """
 
 import io
+import json
 import math
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from struct import Struct
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import msgspec
 import numpy as np
 
 from vlm.errors import BadSample
@@ -136,7 +139,54 @@ def parse_captions(text: str | None, metadata: dict[str, Any]) -> Captions:
     for name, value in metadata.items():
         if name.startswith("captions_"):
             captions[name.removeprefix("captions_")] = _texts(value)
-    return {language: texts for language, texts in captions.items() if texts}
+    if not all(captions.values()):
+        captions = {language: texts for language, texts in captions.items() if texts}
+    return captions
+
+
+def parse_words(text: bytes, content: bytes | None, encoding: str) -> tuple[Captions, dict[str, Any]]:
+    """Captions and metadata from the content of KEY.txt and KEY.json; None where there is no such file."""
+    metadata = {} if content is None else _parse_json_object(content, encoding)
+    return parse_captions(_decode_caption(text, encoding), metadata), metadata
+
+
+def _decode_caption(data: bytes, encoding: str) -> str:
+    """Text by its byte order mark, else in the encoding given, else UTF-8."""
+    if not data:  # most samples have their captions in JSON
+        return ""
+    # a wrong byte costs a character, not the sample
+    if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):  # neither begins any UTF-8
+        return data.decode("utf-16", errors="replace")
+    is_marked = data.startswith(BOM_UTF8)
+    return data.removeprefix(BOM_UTF8).decode("utf-8" if is_marked else encoding or "utf-8", errors="replace")
+
+
+def _parse_json_object(data: bytes, encoding: str) -> dict[str, Any]:
+    try:
+        if encoding:
+            data = data.decode(encoding).encode()
+        value = _parse_json(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("unreadable json", str(error)) from error
+    if not isinstance(value, dict):
+        raise BadSample("unreadable json", f"an object was expected, found {type(value).__name__}")
+    return value
+
+
+def _parse_json(data: bytes) -> Any:
+    """A JSON value; NaN, byte order marks and the like, which only Python's reader takes, included."""
+    try:
+        # three times as fast; of what it takes it makes the same, whole numbers of any length included
+        return _decode_json(data)
+    except (msgspec.MsgspecError, RecursionError):
+        pass
+    value = json.loads(data)
+    if b"\\u" in data:  # half a surrogate pair is valid JSON, but not valid text
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace"))
+    return value
+
+
+_decode_json = msgspec.json.Decoder().decode
 
 
 def split_lines(captions: Captions, *, keeps_repeated: bool = False) -> Captions:
@@ -245,6 +295,10 @@ def _texts(value: Any) -> tuple[str, ...]:
         value = [value]
     if not isinstance(value, list | tuple):
         return ()
+    try:
+        return tuple(filter(None, map(str.strip, value)))
+    except TypeError:
+        pass
     texts: list[str] = []
     for text in value:
         # metadata is whatever its producer wrote: a list may hold numbers or null among the captions

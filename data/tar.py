@@ -10,18 +10,17 @@ import os
 import re
 import stat
 from array import array
-from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from vlm.data.samples import Captions, Sample, parse_captions, parse_npy
+from vlm.data.samples import Captions, Sample, parse_npy, parse_words
 from vlm.data.shard_cache import ShardCache, default_cache
 from vlm.data.tar_headers import TarEntries, TarEntry
 from vlm.errors import BadSample, VlmError
@@ -76,6 +75,10 @@ class Span(NamedTuple):
     size: int
 
 
+_ABSENT = Span(-1, -1)
+"""Of a part that a sample does not have."""
+
+
 class Member(NamedTuple):
     """One sample of a tar: its key and where its parts lie; None for a part it lacks.
 
@@ -111,27 +114,39 @@ class TarIndex:
         self.damage = metadata.get(b"damage", b"").decode()
         self.fingerprint = metadata[b"fingerprint"].decode()
         self.unused = _read_counts(metadata.get(b"unused", b""))
-        self._keys = table.column("key")
+        self._keys = _Texts(table, "key")
         self._arrays = table.column("arrays")
         self._has_arrays = _has_items(self._arrays)
-        self._spans: list[tuple[np.ndarray, np.ndarray]] = []
+        # as memory views of the mapped file, which cost a third of what a number of an array costs
+        self._columns: list[memoryview] = []
         for role in _ROLES:
-            self._spans.append((_numbers(table, f"{role}_offset"), _numbers(table, f"{role}_size")))
+            for what in ("offset", "size"):
+                self._columns.append(_numbers(table, f"{role}_{what}").data)
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def __getitem__(self, number: int) -> Member:
-        spans: list[Span | None] = []
-        for offsets, sizes in self._spans:
-            size = sizes.item(number)
-            spans.append(Span(offsets.item(number), size) if size >= 0 else None)
+        key, *places = self.places(number)
+        image, text, json = map(_span_or_none, places[::2], places[1::2])
+        return Member(key, image, text, json, self.arrays_of(number))
+
+    def places(self, number: int) -> tuple[str, int, int, int, int, int, int]:
+        """The key of a sample, and offset and size of image, text and JSON; a size of -1 says that it has none.
+
+        The fast way to what `index[number]` tells, for the loader, which asks once for every sample of a run.
+        """
+        # written out, since a loop takes twice as long
+        a, b, c, d, e, f = self._columns
+        return self._keys[number], a[number], b[number], c[number], d[number], e[number], f[number]
+
+    def arrays_of(self, number: int) -> dict[str, Span]:
+        """Where the arrays of a sample lie, by name."""
         arrays: dict[str, Span] = {}
         if self._has_arrays:  # looked at once: turning an empty list of Arrow into Python's costs as much as all else
             for stored in self._arrays[number].as_py():
                 arrays[stored["name"]] = Span(stored["offset"], stored["size"])
-        image, text, json = spans
-        return Member(self._keys[number].as_py(), image, text, json, arrays)
+        return arrays
 
     def repeated_keys(self) -> list[str]:
         """The key of each sample that begins with a member whose name the sample before it has already."""
@@ -139,7 +154,7 @@ class TarIndex:
 
     def sample_keys(self) -> list[str]:
         """The keys of all samples."""
-        return self._keys.to_pylist()
+        return self.table.column("key").to_pylist()
 
     def image_bytes(self) -> int:
         """Sum of the image sizes, in bytes."""
@@ -153,9 +168,35 @@ def _has_items(lists: pa.ChunkedArray) -> bool:
 
 
 def _numbers(table: pa.Table, column: str) -> np.ndarray:
-    """A column of integers without nulls."""
+    """A column of integers without nulls, in the memory of the table where it lies there in one piece."""
     # to_numpy would import pandas where it is installed, in every process that opens a shard
-    return np.from_dlpack(table.column(column).combine_chunks())
+    return np.from_dlpack(_one_chunk(table, column))
+
+
+def _one_chunk(table: pa.Table, column: str) -> pa.Array:
+    chunks = table.column(column).chunks
+    # combine_chunks copies even a single one, which would take the index from the file's shared pages into each process
+    return chunks[0] if len(chunks) == 1 else table.column(column).combine_chunks()
+
+
+class _Texts:
+    """A column of strings without nulls, read one by one: a scalar of Arrow costs four times as much."""
+
+    def __init__(self, table: pa.Table, column: str) -> None:
+        # held, since the views below do not keep the memory that they show
+        self._array = _one_chunk(table, column)
+        _, ends, characters = self._array.buffers()
+        first = self._array.offset
+        # of no strings, Arrow may leave the buffers out
+        self._ends = memoryview(ends or bytes(4)).cast("i")[first:] if len(self._array) else memoryview(b"")
+        self._characters = memoryview(characters or b"")
+
+    def __getitem__(self, number: int) -> str:
+        return str(self._characters[self._ends[number] : self._ends[number + 1]], "utf-8")
+
+
+def _span_or_none(offset: int, size: int) -> Span | None:
+    return Span(offset, size) if size >= 0 else None
 
 
 def _read_counts(data: bytes) -> dict[str, int]:
@@ -181,7 +222,9 @@ def open_index(url: str, cache: ShardCache | None = None) -> TarIndex:
         VlmError: nothing in it can be read, or it cannot be fetched.
     """
     url = local_path(url)
-    return _open_version(url, file_identity(url, cache.retry_policy if cache else None), cache)
+    identity = file_identity(url, cache.retry_policy if cache else None)
+    # a plain local tar is the same with any cache: under one key, it is opened and held once
+    return _open_version(url, identity, cache if needs_cache(url) else None)
 
 
 # keyed by the identity too, so that a tar that was replaced is scanned again
@@ -391,7 +434,6 @@ def _content_fingerprint(table: pa.Table) -> str:
 Arrays = dict[str, np.ndarray]
 """Arrays of a sample by name."""
 
-_NO_BYTES = Span(0, 0)
 _SHOWN_ENDINGS = 4
 # names of one word: in `Track 2.0 (clean).jpg` the dot is one of the title
 _NAMED_IMAGE = re.compile(rf"[^\W\d][\w-]*\.({'|'.join(sorted(IMAGE_EXTENSIONS))})")
@@ -414,8 +456,7 @@ class ShardReader:
         path = local_path(url)
         self._image_name = image_name.lower()
         self._named_images = _image_spans(path, self._image_name, cache) if image_name else None
-        is_cached = needs_cache(path)
-        self._bytes: _Bytes = _CachedBytes(path, cache or default_cache()) if is_cached else _LocalBytes(path)
+        self._bytes = _CachedBytes(path, cache or default_cache()) if needs_cache(path) else _LocalBytes(path)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -478,52 +519,33 @@ class ShardReader:
             BadSample: it has no image, lacks an array, is cut short, or its JSON or an array cannot be read.
             VlmError: a shard that made room in the cache cannot be fetched again.
         """
-        member = self.index[number]
-        image_span = member.image if self._named_images is None else self._named_images.get(number)
-        if image_span is None:
-            raise BadSample(*self._why_no_image(member.key))
-        spans = [image_span, member.text or _NO_BYTES, member.json or _NO_BYTES]
-        for name in arrays:
-            if name not in member.arrays:
-                raise BadSample("no array", f"key {member.key!r} has no {name}.npy")
-            spans.append(member.arrays[name])
+        key, image_offset, image_size, text_offset, text_size, json_offset, json_size = self.index.places(number)
+        if self._named_images is not None:
+            image_offset, image_size = self._named_images.get(number, _ABSENT)
+        if image_size < 0:
+            raise BadSample(*self._why_no_image(key))
+        spans = [(image_offset, image_size), (text_offset, max(text_size, 0)), (json_offset, max(json_size, 0))]
+        if arrays:
+            spans += self._array_spans(number, key, arrays)
         image, text, content, *array_files = self._bytes.read(spans)
-        captions, metadata = _parse_words(text, content if member.json else None, self._encoding)
+        captions, metadata = parse_words(text, content if json_size >= 0 else None, self._encoding)
         parsed_arrays: Arrays = {}
         for name, data in zip(arrays, array_files, strict=True):
-            parsed_arrays[name] = parse_npy(data, f"{member.key}.{name}.npy")
-        return Sample(
-            key=member.key,
-            image=image,
-            captions=captions,
-            metadata=metadata,
-            arrays=parsed_arrays,
-        )
+            parsed_arrays[name] = parse_npy(data, f"{key}.{name}.npy")
+        return Sample(key, image, captions, metadata, parsed_arrays)
+
+    def _array_spans(self, number: int, key: str, arrays: tuple[str, ...]) -> list[Span]:
+        spans = self.index.arrays_of(number)
+        for name in arrays:
+            if name not in spans:
+                raise BadSample("no array", f"key {key!r} has no {name}.npy")
+        return [spans[name] for name in arrays]
 
     def read_words(self, number: int) -> tuple[str, Captions, dict[str, Any]]:
         """Key, captions and metadata of sample `number`, without a look at its image; raises as `read`."""
-        member = self.index[number]
-        text, content = self._bytes.read([member.text or _NO_BYTES, member.json or _NO_BYTES])
-        return member.key, *_parse_words(text, content if member.json else None, self._encoding)
-
-
-def _parse_words(text: bytes, content: bytes | None, encoding: str) -> tuple[Captions, dict[str, Any]]:
-    """Captions and metadata from the content of KEY.txt and KEY.json; None where there is no such file."""
-    metadata = {} if content is None else _parse_json_object(content, encoding)
-    return parse_captions(_decode_caption(text, encoding), metadata), metadata
-
-
-@runtime_checkable
-class _Bytes(Protocol):
-    """The content of a tar by position."""
-
-    def read(self, spans: Sequence[Span]) -> list[bytes]:
-        """The bytes of each span; raises BadSample where the tar is too short."""
-        ...
-
-    def close(self) -> None:
-        """Release the file."""
-        ...
+        key, _, _, text_offset, text_size, json_offset, json_size = self.index.places(number)
+        text, content = self._bytes.read([(text_offset, max(text_size, 0)), (json_offset, max(json_size, 0))])
+        return key, *parse_words(text, content if json_size >= 0 else None, self._encoding)
 
 
 class _LocalBytes:
@@ -534,7 +556,8 @@ class _LocalBytes:
         self._descriptor = os.open(path, os.O_RDONLY)
         self._end = os.fstat(self._descriptor).st_size
 
-    def read(self, spans: Sequence[Span]) -> list[bytes]:
+    def read(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of each span; raises BadSample where the tar is too short."""
         return _read_spans(self._descriptor, spans, self._path, end=self._end)
 
     def close(self) -> None:
@@ -556,7 +579,7 @@ class _CachedBytes:
         self._cache = cache
         self._identity = file_identity(url, cache.retry_policy)
 
-    def read(self, spans: Sequence[Span]) -> list[bytes]:
+    def read(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         for _ in range(_MAX_TRIES):
             try:
                 descriptor = os.open(self._cache.local_path(self._url, self._identity), os.O_RDONLY)
@@ -575,7 +598,7 @@ class _CachedBytes:
         """Nothing is held."""
 
 
-def _read_spans(descriptor: int, spans: Sequence[Span], url: str, *, end: int) -> list[bytes]:
+def _read_spans(descriptor: int, spans: Sequence[tuple[int, int]], url: str, *, end: int) -> list[bytes]:
     """The bytes of each span; a single read if they are close together, as those of a sample are."""
     first = end
     last = 0
@@ -586,42 +609,23 @@ def _read_spans(descriptor: int, spans: Sequence[Span], url: str, *, end: int) -
         stop = offset + size
         if offset < 0 or size < 0 or stop > end:  # checked first: a header may promise more than there is memory
             raise BadSample("cut short", f"{size:,} bytes at {offset:,} of {url}, which ends at {end:,}")
-        first = min(first, offset)
-        last = max(last, stop)
+        # not min and max: this runs for each part of each sample, and a call costs as much as all the rest
+        if offset < first:
+            first = offset
+        if stop > last:
+            last = stop
         num_bytes += size
     # parts are adjacent but for headers and padding; a wide gap holds arrays or files nobody asked for
     if last - first - num_bytes > _MAX_GAP_BYTES:
         return [_read_span(descriptor, span, url) for span in spans]
-    joined = _read_span(descriptor, Span(first, max(last - first, 0)), url)
+    joined = _read_span(descriptor, (first, max(last - first, 0)), url)
     return [joined[offset - first : offset - first + size] for offset, size in spans]
 
 
-def _read_span(descriptor: int, span: Span, url: str) -> bytes:
+def _read_span(descriptor: int, span: tuple[int, int], url: str) -> bytes:
+    offset, size = span
     # positioned: forked workers share the file offset of an inherited descriptor
-    data = os.pread(descriptor, span.size, span.offset)
-    if len(data) != span.size:
-        raise BadSample("cut short", f"{span.size:,} bytes at {span.offset:,} of {url}, {len(data):,} are there")
+    data = os.pread(descriptor, size, offset)
+    if len(data) != size:
+        raise BadSample("cut short", f"{size:,} bytes at {offset:,} of {url}, {len(data):,} are there")
     return data
-
-
-def _decode_caption(data: bytes, encoding: str) -> str:
-    """Text by its byte order mark, else in the encoding given, else UTF-8."""
-    # a wrong byte costs a character, not the sample
-    if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):  # neither begins any UTF-8
-        return data.decode("utf-16", errors="replace")
-    is_marked = data.startswith(BOM_UTF8)
-    return data.removeprefix(BOM_UTF8).decode("utf-8" if is_marked else encoding or "utf-8", errors="replace")
-
-
-def _parse_json_object(data: bytes, encoding: str) -> dict[str, Any]:
-    try:
-        if encoding:
-            data = data.decode(encoding).encode()
-        value = json.loads(data)
-        if b"\\u" in data:  # half a surrogate pair is valid JSON, but not valid text
-            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace"))
-    except (ValueError, RecursionError) as error:
-        raise BadSample("unreadable json", str(error)) from error
-    if not isinstance(value, dict):
-        raise BadSample("unreadable json", f"an object was expected, found {type(value).__name__}")
-    return value

@@ -35,7 +35,8 @@ START = "<start_of_text>"
 END = "<end_of_text>"
 _END_OF_WORD = "</w>"
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_MAX_CACHED_WORDS = 1 << 17
+# five megabytes; words that are met once must not fill the memory of a loader, of which there are several
+_MAX_CACHED_WORDS = 1 << 15
 # the merges that are used take 525 KB
 _USED_BYTES = 600_000
 
@@ -610,10 +611,16 @@ class ClipBpe:
         if len(self._words) >= _MAX_CACHED_WORDS:
             self._words.clear()
         ids: list[int] = []
-        for part in _ASCII_PART.findall(word):
-            ids += self._ids_of_part(part)
-        self._words[word] = tuple(ids)
-        return self._words[word]
+        # most words are one piece of letters alone, which needs no expression
+        whole = self.ids.get(f"{word}{_END_OF_WORD}") if word.isalpha() else None
+        if whole is not None:
+            ids.append(whole)
+        else:
+            for part in _ASCII_PART.findall(word):
+                ids += self._ids_of_part(part)
+        pieces = self._words[word] = tuple(ids)
+        # not read back: another thread may have emptied it since
+        return pieces
 
     def _ids_of_part(self, part: str) -> list[int]:
         """The ids of what holds neither spaces nor both letters and signs."""
@@ -627,17 +634,19 @@ class ClipBpe:
     def _merge(self, shown: str) -> list[str]:
         """The pieces of a word: the pair of neighbours with the lowest rank is joined until none has one."""
         pieces = [*shown[:-1], f"{shown[-1]}{_END_OF_WORD}"]
+        rank_of = self._ranks.get
         while len(pieces) > 1:
-            pairs = [f"{first} {second}" for first, second in pairwise(pieces)]
-            best = min(pairs, key=lambda pair: self._ranks.get(pair, NUM_MERGES))
-            if best not in self._ranks:
+            # each pair has a rank of its own, so that equal ranks are equal pairs
+            ranks = [rank_of(f"{first} {second}", NUM_MERGES) for first, second in pairwise(pieces)]
+            lowest = min(ranks)
+            if lowest == NUM_MERGES:
                 break
             joined: list[str] = []
             position = 0
             while position < len(pieces):
                 # from left to right, so that of three equal pieces the first two are joined
-                is_pair = position < len(pairs) and pairs[position] == best
-                joined.append(best.replace(" ", "") if is_pair else pieces[position])
+                is_pair = position < len(ranks) and ranks[position] == lowest
+                joined.append("".join(pieces[position : position + 2]) if is_pair else pieces[position])
                 position += 2 if is_pair else 1
             pieces = joined
         return pieces

@@ -212,7 +212,7 @@ class LoaderConfig:
     """How samples are read, shuffled and augmented."""
 
     workers: int = 1
-    """Worker processes that read, decode and tokenize; does not affect results."""
+    """Workers that read, decode and tokenize, four to a process; does not affect results."""
 
     shuffle_window: int = 65536
     """Size of the window in which samples are shuffled, after the shards are."""

@@ -30,7 +30,7 @@ from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.corpus import Corpus, open_corpus, read_sources
 from vlm.data.device_prefetch import DevicePrefetcher
 from vlm.data.gpu_decode import check_decoder
-from vlm.data.loader import stream_batches
+from vlm.data.loader import WORKER_THREADS, stream_batches
 from vlm.data.precomputed_features import CachedFeatures, PrecomputedFeatures
 from vlm.data.sample_relations import read_relations
 from vlm.data.sampler import BatchSampler
@@ -150,13 +150,9 @@ class Session:
             num_processes=self.accelerator.num_processes,
             parts=self.num_micro_batches,
         )
+        mix = self.corpus.caption_mix
         collate = build_collator(
-            config,
-            plan,
-            state.model,
-            trim_text=self.trims_padding,
-            caption_mix=self.corpus.caption_mix,
-            cached=self.cached,
+            config, plan, state.model, trim_text=self.trims_padding, caption_mix=mix, cached=self.cached
         )
         stream: Iterator[TrainingBatch] = stream_batches(
             plan,
@@ -165,6 +161,7 @@ class Session:
             # numbered from the state's position, where the batch sampler begins
             numbers=range((self.steps - state.step) * self.num_micro_batches),
             workers=config.loader.workers,
+            threads=WORKER_THREADS,
             cache=resolve_shard_cache(config.loader),
         )
         view = collate.view if collate.decode_on_device else None

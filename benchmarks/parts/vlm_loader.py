@@ -9,7 +9,7 @@ from typing import Any
 from measure_server import anonymous_mb, memory_mb, peak_mb, serve, time_stream
 
 from vlm.data.collate import TrainingBatch, TrainingCollator
-from vlm.data.loader import stream_batches
+from vlm.data.loader import WORKER_THREADS, stream_batches
 from vlm.data.sampler import BatchSampler, SampleOrder
 from vlm.data.shards import count_samples
 from vlm.data.tokenizers import open_tokenizer
@@ -59,7 +59,10 @@ def _open(request: dict[str, Any], batches: int) -> Iterator[TrainingBatch]:
     collate = TrainingCollator(
         plan=plan, view=RandomResizedCrop(size=request["size"]), tokenizer=open_tokenizer("clip")
     )
-    return stream_batches(plan, request["shards"], collate, numbers=range(batches), workers=request["workers"])
+    numbers = range(batches)
+    return stream_batches(
+        plan, request["shards"], collate, numbers=numbers, workers=request["workers"], threads=WORKER_THREADS
+    )
 
 
 if __name__ == "__main__":

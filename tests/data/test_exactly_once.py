@@ -18,7 +18,7 @@ from tests.data.selection_fixture import select_all
 from tests.data.tar_fixture import damages_for, write_tar
 from vlm.data.collate import TrainingCollator
 from vlm.data.corpus import Corpus, open_corpus, read_sources
-from vlm.data.loader import stream_batches
+from vlm.data.loader import WORKER_THREADS, stream_batches
 from vlm.data.pack import pack
 from vlm.data.sample_ledger import Ledger, sum_counts
 from vlm.data.sampler import BatchSampler, Mixture
@@ -49,9 +49,12 @@ class Letters:
 class Split:
     processes: int
     workers: int
+    threads: int = 1
 
 
-splits = st.builds(Split, processes=st.integers(1, 4), workers=st.integers(0, 5))
+splits = st.builds(
+    Split, processes=st.integers(1, 4), workers=st.integers(0, 5), threads=st.sampled_from([1, 2, WORKER_THREADS])
+)
 
 
 def stream(corpus: Corpus, split: Split, *, batch_size: int, position: int, batches: int, ledger: Ledger | None = None):
@@ -67,7 +70,8 @@ def stream(corpus: Corpus, split: Split, *, batch_size: int, position: int, batc
             num_processes=split.processes,
         )
         collate = TrainingCollator(plan=plan, view=RandomResizedCrop(size=8), tokenizer=tokenizer, seed=SEED)
-        parts.append(list(stream_batches(plan, corpus.shards, collate, numbers=range(batches), workers=split.workers)))
+        shared = {"workers": split.workers, "threads": split.threads}
+        parts.append(list(stream_batches(plan, corpus.shards, collate, numbers=range(batches), **shared)))
     for part in parts:
         for batch in part:
             if ledger is not None:
@@ -180,7 +184,7 @@ def test_a_full_sized_corpus_is_seen_exactly_once_in_every_epoch(tmp_path):
     sizes = [500, 1, *rng.integers(1, 100, 38).tolist()]
     corpus = make_corpus(tmp_path, [(sizes, False)], bad=0.0, seed=2)
     total = sum(sizes)
-    seen = stream(corpus, Split(2, 5), batch_size=100, position=0, batches=2 * total // 100)
+    seen = stream(corpus, Split(2, 5, WORKER_THREADS), batch_size=100, position=0, batches=2 * total // 100)
     keys = [key for batch, _, _ in seen for key in batch]
     assert set(Counter(keys[:total]).values()) == {1}
     assert len(set(keys[:total])) == total
@@ -188,7 +192,7 @@ def test_a_full_sized_corpus_is_seen_exactly_once_in_every_epoch(tmp_path):
 
 @pytest.mark.parametrize(
     ("sizes", "split"),
-    [([7], Split(1, 16)), ([3, 4, 5], Split(2, 2)), ([1], Split(1, 3))],
+    [([7], Split(1, 16)), ([3, 4, 5], Split(2, 2, 2)), ([1], Split(1, 3))],
     ids=["one shard, 16 workers", "3 shards on 2 processes", "one sample"],
 )
 def test_few_shards_serve_many(tmp_path, sizes, split):
@@ -219,6 +223,19 @@ def test_a_selection_while_streaming_shows_what_the_same_subset_packed_would(tmp
     assert shown[0] == shown[1]
 
 
+def test_workers_share_a_process_where_their_collator_lets_them(tmp_path):
+    corpus = make_corpus(tmp_path, [([50], False)], bad=0.0, seed=0)
+    plan = BatchSampler(order=corpus.order, batch_size=5)
+    tokenizer: Any = Letters()
+    collate = TrainingCollator(plan=plan, view=RandomResizedCrop(size=8), tokenizer=tokenizer)
+    before = set(psutil.Process().children())
+    for workers, threads, processes in ((3, 1, 3), (4, 4, 1), (5, 4, 2)):
+        batches = stream_batches(plan, corpus.shards, collate, numbers=range(20), workers=workers, threads=threads)
+        next(batches)
+        assert len(set(psutil.Process().children()) - before) == processes
+        batches.close()
+
+
 def test_a_killed_worker_ends_the_run_with_a_word(tmp_path):
     corpus = make_corpus(tmp_path, [([200], False)], bad=0.0, seed=0)
     plan = BatchSampler(order=corpus.order, batch_size=10)
@@ -237,7 +254,7 @@ def test_a_killed_worker_ends_the_run_with_a_word(tmp_path):
         kill_and_read()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("is_read_whole", [True, False])
 def test_no_file_stays_open_after_the_batches(tmp_path, workers, is_read_whole):
     corpus = make_corpus(tmp_path, [([5, 5, 5], False)], bad=0.0, seed=0)
@@ -246,7 +263,7 @@ def test_no_file_stays_open_after_the_batches(tmp_path, workers, is_read_whole):
     collate = TrainingCollator(plan=plan, view=RandomResizedCrop(size=8), tokenizer=tokenizer)
 
     def stream_once():
-        batches = stream_batches(plan, corpus.shards, collate, numbers=range(3), workers=workers)
+        batches = stream_batches(plan, corpus.shards, collate, numbers=range(3), workers=workers, threads=4)
         next(batches)
         if is_read_whole:
             list(batches)

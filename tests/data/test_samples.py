@@ -1,13 +1,47 @@
+import json
 from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm.data.pack import captions_to_json
-from vlm.data.samples import SampleRng, parse_captions, select_languages, shuffled
+from vlm.data.samples import SampleRng, parse_captions, parse_words, select_languages, shuffled
 from vlm.errors import BadSample
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), st.lists, max_leaves=4
+)
+
+
+@settings(max_examples=30)
+@given(st.dictionaries(st.text(max_size=5), JSON_VALUES, max_size=4))
+def test_metadata_is_what_pythons_reader_makes_of_it(metadata):
+    text = json.dumps(metadata, ensure_ascii=False)
+    assert repr(parse_words(b"", text.encode(errors="replace"), "")[1]) == repr(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"a": 18446744073709551616, "b": -9223372036854775809, "c": 9007199254740993, "d": -0, "e": -0.0}',
+        b'{"a": NaN, "b": -Infinity, "c": 1e400, "d": 1e-400, "e": 1E5, "f": 2.2250738585072011e-308}',
+        b'{"a": 1, "a": "\\ud83d\\ude00\\u0000\\/", "\\u0061": 2}',
+        b'\xef\xbb\xbf{"a": 1}',
+        '{"a": "\u72d7"}'.encode("utf-16"),
+        b' \n{"a": ["\x7f"]}\t\r ',
+        b'{"a": ' + b"[" * 600 + b"]" * 600 + b"}",
+    ],
+)
+def test_unusual_json_is_what_pythons_reader_makes_of_it(content):
+    assert repr(parse_words(b"", content, "")[1]) == repr(json.loads(content))
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"{", b'{"a": 1} x', b'{"a": "\t"}', b'{"a": "\xff"}', b"[" * 9999, b""])
+def test_what_is_no_json_object_is_a_bad_sample(content):
+    with pytest.raises(BadSample, match="unreadable json"):
+        parse_words(b"", content, "")
 
 
 @pytest.mark.parametrize(
