@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from vlm.console import list_counts, pluralize, progress, track
-from vlm.data.decode import open_image, packable_formats, to_rgb
+from vlm.data.decode import open_image, packable_formats, storable_image, to_rgb
 from vlm.data.dedup import rgb_thumbnail
 from vlm.data.json_columns import JsonColumns
 from vlm.data.samples import REPLACEMENT_CHARACTER, Captions, Pair, WordedSource, Words, select_languages
@@ -28,9 +28,8 @@ from vlm.data.shards import expand_shards, shards_fingerprint
 from vlm.data.sources.source import NamedSource, PairSource
 from vlm.data.sources.source_registry import Recognition, holds_shards, open_source
 from vlm.data.split import GroupedSplit, HeldOutSplit
-from vlm.data.stored_images import storable_image
 from vlm.data.tar import IMAGE_EXTENSIONS
-from vlm.data.tar_writer import SampleWriter, npy_bytes, sample_members
+from vlm.data.tar_entries import SampleWriter, npy_bytes, sample_members
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import append_line, atomic_write, json_text, read_lines, write_text
 from vlm.manifest import MANIFEST, FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest

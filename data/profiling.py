@@ -32,7 +32,7 @@ from vlm.data.sampler import BatchSampler, SampleOrder
 from vlm.data.samples import Sample, SampleIndex, SampleRng
 from vlm.data.shards import Collator, ShardSet, count_samples
 from vlm.data.tar import Span, TarIndex, open_index
-from vlm.data.tar_headers import TarEntries
+from vlm.data.tar_entries import TarEntries
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import BadSample, UsageError, VlmError

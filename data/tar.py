@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from vlm.data.samples import Captions, Sample, parse_npy, parse_words
 from vlm.data.shard_cache import ShardCache, default_cache
-from vlm.data.tar_headers import TarEntries, TarEntry
+from vlm.data.tar_entries import TarEntries, TarEntry
 from vlm.errors import BadSample, VlmError
 from vlm.files import atomic_write, compute_fingerprint
 from vlm.storage import (

@@ -8,8 +8,11 @@ product of two rows is the mean of the teachers' cosines. MobileCLIP instead ave
 An interrupted run is resumed: a journal lists the finished shards, and the manifest is written at the end.
 """
 
+import io
 import json
 import math
+import os
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,15 +29,17 @@ from vlm.console import progress
 from vlm.data.loader import stream_batches
 from vlm.data.pack import read_journal
 from vlm.data.sampler import SequentialBatches
+from vlm.data.shard_cache import ShardCache
 from vlm.data.shards import count_samples, shard_stem, shards_fingerprint
-from vlm.data.tar import Arrays
-from vlm.data.tar_writer import copy_with_arrays
+from vlm.data.tar import Arrays, Member, open_index, open_tar
+from vlm.data.tar_entries import TarEntries, TarEntry, npy_bytes
 from vlm.errors import UsageError, VlmError
 from vlm.files import append_line, atomic_write, write_text
 from vlm.manifest import FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
 from vlm.models.model import VisionLanguageModel
 from vlm.models.sentence_encoder import LanguageModelEmbedder
 from vlm.results import Result
+from vlm.storage import file_identity, local_path
 from vlm.tensor_types import Float32, Tensor
 from vlm.train.teacher_views import (
     REINFORCEMENT,
@@ -459,3 +464,74 @@ def _with_progress(batches: Iterator[ViewedBatch], progress_bar: "tqdm") -> Iter
     for batch in batches:
         yield batch
         progress_bar.update(len(batch.rows))
+
+
+def copy_with_arrays(url: str, out: BinaryIO, arrays: Iterator[Arrays], cache: ShardCache | None = None) -> None:
+    """Copy the tar at `url`, with `KEY.NAME.npy` after the last part of each sample.
+
+    Contents and order of the regular files stay, and so do names, but for endings, which become lower-case as other
+    readers expect them; times, owners, links and folders are left out, so the same
+    arrays give the same bytes. A stored array that the sample had under the same name is replaced. Of a tar cut short,
+    the file that is cut is left out.
+
+    Args:
+        url: of a plain, compressed or remote tar.
+        out: where the plain copy is written.
+        arrays: those of each sample in the order of the index, by name; empty for a sample that gets none.
+        cache: where remote and compressed tars are kept; the default one if not given.
+    """
+    index = open_index(url, cache)
+    members: list[Member] = []
+    sample_at: dict[int, int] = {}
+    for number in range(len(index)):
+        member = index[number]
+        members.append(member)
+        for span in member.spans:
+            sample_at[span.offset] = number
+
+    path = local_path(url)
+    identity = file_identity(path, cache.retry_policy if cache else None)
+    current = -1
+    added = Arrays()
+    with (
+        open_tar(path, identity, cache) as file,
+        tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        end = file.seek(0, os.SEEK_END)
+        for entry in TarEntries(file, url):
+            if entry.offset_data + entry.size > end:
+                break
+            number = sample_at.get(entry.offset_data)
+            if number is None:  # not part of a sample, as the index sees it
+                _copy_entry(tar, entry, file)
+                continue
+            while current < number:
+                current += 1
+                added = next(arrays)
+            member = members[number]
+            if not _is_replaced(entry, member, added):
+                _copy_entry(tar, entry, file)
+            # after the last part, so that the run of members that makes the sample is not broken
+            if entry.offset_data == max(span.offset for span in member.spans):
+                for name in sorted(added):
+                    data = npy_bytes(added[name])
+                    tar.addfile(_tar_entry(f"{member.key}.{name}.npy", len(data)), io.BytesIO(data))
+        for _ in arrays:  # run to the end, also past samples without any part that is known
+            pass
+
+
+def _is_replaced(entry: TarEntry, member: Member, added: Arrays) -> bool:
+    return any(span.offset == entry.offset_data for name, span in member.arrays.items() if name in added)
+
+
+def _copy_entry(tar: tarfile.TarFile, entry: TarEntry, file: BinaryIO) -> None:
+    file.seek(entry.offset_data)
+    folder, slash, name = entry.name.rpartition("/")
+    stem, dot, ending = name.partition(".")
+    tar.addfile(_tar_entry(f"{folder}{slash}{stem}{dot}{ending.lower()}", entry.size), file)
+
+
+def _tar_entry(name: str, size: int) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    entry.size = size
+    return entry

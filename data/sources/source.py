@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Literal, Protocol, runtime_checkable
 from vlm.config import suggest
 from vlm.data.samples import Pair, WordedSource, Words
 from vlm.data.tar import Span
-from vlm.data.tar_headers import TarEntries
+from vlm.data.tar_entries import TarEntries
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import compute_fingerprint
 from vlm.storage import is_compressed, is_shard

@@ -12,10 +12,9 @@ from typing import Any
 
 from vlm.config import suggest
 from vlm.data.samples import UNNAMED, Captions, DroppedValue, DroppedValues, Pair, Words, parse_captions
-from vlm.data.sources.delimited import image_of_caption
 from vlm.data.sources.image_names import ImageFinder, is_web_address
 from vlm.data.sources.source import SourceFiles, SourceOptions, folder_of, readable_text
-from vlm.data.sources.table_rows import Rows, read_rows
+from vlm.data.sources.table_rows import Rows, image_of_caption, read_rows
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import compute_fingerprint
 

@@ -17,7 +17,7 @@ from vlm.data.shards import count_samples, shards_fingerprint
 from vlm.data.sources.image_names import is_image_name
 from vlm.data.sources.table import unique_keys
 from vlm.data.tar import ShardReader, open_index
-from vlm.data.tar_headers import TarEntries
+from vlm.data.tar_entries import TarEntries
 from vlm.errors import BadSample, VlmError
 from vlm.files import compute_fingerprint
 

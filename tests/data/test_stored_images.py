@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from vlm.data.decode import open_image, packable_formats, to_rgb
-from vlm.data.stored_images import storable_image
+from vlm.data.decode import open_image, packable_formats, storable_image, to_rgb
 from vlm.errors import BadSample
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm.data.tar import ShardReader, Span, open_index
-from vlm.data.tar_headers import TarEntries
+from vlm.data.tar_entries import TarEntries
 from vlm.errors import BadSample, UsageError, VlmError
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.data.tar_fixture import tiny_image
 from vlm.data.tar import ShardReader
-from vlm.data.tar_writer import copy_with_arrays
+from vlm.train.dataset_reinforcement import copy_with_arrays
 
 CAPTION = json.dumps({"captions": ["one"]}).encode()
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vlm.data.tar_writer import SampleWriter
+from vlm.data.tar_entries import SampleWriter
 
 
 def test_the_bytes_are_those_of_webdatasets_writer():

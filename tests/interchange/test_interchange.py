@@ -19,7 +19,7 @@ from vlm.data.pack import PackConfig, pack
 from vlm.data.shards import expand_shards
 from vlm.data.sources.source_registry import open_source
 from vlm.data.tar import ShardReader
-from vlm.data.tar_writer import copy_with_arrays
+from vlm.train.dataset_reinforcement import copy_with_arrays
 
 READERS = Path(__file__).parent / "readers"
 LIBRARIES = {

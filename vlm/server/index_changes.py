@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm.api.index import SearchIndex
 from vlm.console import without_progress
-from vlm.data.stored_images import storable_image
+from vlm.data.decode import storable_image
 from vlm.errors import BadSample, IndexBusy, UsageError, VlmError
 from vlm.files import content_digest
 from vlm.server.schemas import NewItem, decode_data_url

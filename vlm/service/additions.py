@@ -28,7 +28,7 @@ from vlm.data.shards import count_samples, expand_shards, is_remote
 from vlm.data.sources.source import FolderFiles, PairSource
 from vlm.data.sources.source_registry import holds_shards, open_source
 from vlm.data.tar import open_index
-from vlm.data.tar_writer import SampleWriter
+from vlm.data.tar_entries import SampleWriter
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import atomic_write, compute_fingerprint, content_digest, read_lines
 from vlm.index.embeddings_folder import (

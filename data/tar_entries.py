@@ -1,10 +1,17 @@
-"""The headers of a tar, read once: from a source nobody vouches for, whole, damaged, or made to do harm."""
+"""A tar from front to back: its headers read once, and samples written into a new one.
 
+What is read comes from a source nobody vouches for: whole, damaged, or made to do harm.
+"""
+
+import io
 import os
 import re
 import tarfile
-from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple, cast
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple, Self, cast
+
+import numpy as np
 
 from vlm.errors import UsageError, VlmError
 
@@ -148,3 +155,78 @@ def _missing_end(file: BinaryIO, offset: int) -> str:
         return ""
     is_cut = len(block) < _BLOCK
     return f"cut short at byte {offset:,}, without its end mark" if is_cut else f"unreadable header at byte {offset:,}"
+
+
+class SampleWriter:
+    """Writes the bytes that webdataset's `TarWriter(file, encoder=False, mtime=0)` does, without loading torch.
+
+    webdataset loads torch with whatever is imported of it, which takes a quarter of the time of packing 8,000 pairs.
+    The same samples give the same bytes: no time of writing is recorded.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._num_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # two blocks of zeros, then more up to a whole record
+        end = self._num_bytes + 2 * tarfile.BLOCKSIZE
+        self._file.write(bytes(_padding(end, tarfile.RECORDSIZE) + 2 * tarfile.BLOCKSIZE))
+
+    def write(self, sample: Mapping[str, Any]) -> None:
+        """Write a sample as `sample_members` makes it."""
+        self.write_members(sample_members(sample))
+
+    def write_members(self, members: bytes) -> None:
+        """Write the members of samples."""
+        self._file.write(members)
+        self._num_bytes += len(members)
+
+
+def sample_members(sample: Mapping[str, Any]) -> bytes:
+    """A sample, `__key__` and bytes by ending, as it stands in a tar: files `key.ending`, by ending."""
+    parts: list[bytes] = []
+    for ending in sorted(sample.keys() - {"__key__"}):
+        data: bytes = sample[ending]
+        parts += (_header(f"{sample['__key__']}.{ending}", len(data)), data, bytes(_padding(len(data))))
+    return b"".join(parts)
+
+
+def _header(name: str, size: int) -> bytes:
+    if name.isascii() and len(name) <= _MAX_NAME and size <= _MAX_PLAIN_SIZE:
+        # tarfile takes 30 µs for a header: three of them cost a sample as much as decoding its image
+        fields = name.encode().ljust(_MAX_NAME, b"\0"), b"%011o\0" % size
+        checksum = _BLANK_CHECKSUM + sum(fields[0]) + sum(fields[1])
+        return b"".join((fields[0], _BLANK[100:124], fields[1], _BLANK[136:148], b"%06o\0 " % checksum, _BLANK[156:]))
+    return _tar_info(name, size).tobuf(tarfile.PAX_FORMAT)
+
+
+def _tar_info(name: str, size: int) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    entry.size = size
+    entry.mode = 0o444
+    entry.uname = entry.gname = "bigdata"
+    return entry
+
+
+# of longer names and larger files the header has an extension
+_MAX_NAME, _MAX_PLAIN_SIZE = tarfile.LENGTH_NAME, 8**11 - 1
+_BLANK = _tar_info("", 0).tobuf(tarfile.PAX_FORMAT)
+# without the digits of the size and the checksum, which itself counts as eight spaces
+_BLANK_CHECKSUM = sum(_BLANK[:124]) + sum(_BLANK[136:148]) + sum(b" " * 8) + sum(_BLANK[156:])
+
+
+def _padding(size: int, unit: int = tarfile.BLOCKSIZE) -> int:
+    return -size % unit
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """An array as an .npy file."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
