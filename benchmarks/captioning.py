@@ -24,7 +24,7 @@ import tyro
 from vlm.cli.main import print_error
 from vlm.console import show_json, show_table
 from vlm.errors import VlmError
-from vlm.models.factory import build_network, model_config
+from vlm.models.model import build_network, model_config
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parts.isolated_environment import own_python, same_torch

@@ -199,9 +199,8 @@ def _make_model(folder: Path) -> Path:
 
     from vlm.data.tokenizers import open_tokenizer
     from vlm.data.transforms import EvalTransform
-    from vlm.models.factory import build_network, fit_to_tokenizer, model_config
     from vlm.models.load import save_model_folder
-    from vlm.models.model import VisionLanguageModel
+    from vlm.models.model import VisionLanguageModel, build_network, fit_to_tokenizer, model_config
 
     if folder.exists():
         return folder

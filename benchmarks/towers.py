@@ -111,8 +111,7 @@ def try_family(family: Family) -> str:
     from vlm.data.tokenizers import open_tokenizer
     from vlm.data.transforms import EvalTransform
     from vlm.errors import UsageError
-    from vlm.models.factory import fit_to_tokenizer, model_config
-    from vlm.models.model import VisionLanguageModel
+    from vlm.models.model import VisionLanguageModel, fit_to_tokenizer, model_config
     from vlm.models.towers.tower import batch_norm_layers
 
     tokenizer = open_tokenizer("clip", 16)
@@ -145,7 +144,7 @@ def build_small(config: dict[str, Any], own_size: int) -> tuple[Any, int]:
     import torch
 
     from vlm.errors import UsageError
-    from vlm.models.factory import build_network
+    from vlm.models.model import build_network
 
     sizes = [size for size in SIZES if size < own_size] + [own_size]
     if "giant_patch14" in config["vision_cfg"]["tower"]:

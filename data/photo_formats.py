@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from vlm.data.decode import FORMATS, open_image, packable_formats, to_rgb, upright_size
-from vlm.data.sources.image_names import HAS_HEIF, HEIC_ENDINGS, IMAGE_SUFFIXES
+from vlm.data.sources.source import HAS_HEIF, HEIC_ENDINGS, IMAGE_SUFFIXES
 from vlm.errors import BadSample
 
 HAS_RAW = importlib.util.find_spec("rawpy") is not None

@@ -143,6 +143,26 @@ def check_json(values: Any, what: str) -> None:
             )
 
 
+def metadata_lines(values: Any) -> list[Mapping[str, Any]]:
+    """New values by uid, or one mapping a row, as the lines of a table.
+
+    Raises:
+        UsageError: they are neither, or a value is not one that JSON has.
+    """
+    if not isinstance(values, Iterable):
+        raise UsageError(f"values = {values!r}: give a table, new values by uid, or a mapping for each row.")
+    lines: list[Mapping[str, Any]] = []
+    if isinstance(values, Mapping):
+        for uid, fields in values.items():
+            check_json(fields, f"{uid!r}")
+            lines.append({"uid": uid, **fields})
+    else:
+        for number, line in enumerate(values, 1):
+            check_json(line, f"row {number}")
+            lines.append(line)
+    return lines
+
+
 def sanitize_text(text: str) -> str:
     """The text with a replacement character for what SQLite cannot compare: NUL and halves of surrogate pairs."""
     if text.isascii() and "\0" not in text:

@@ -82,7 +82,7 @@ def logged(caplog):
 @pytest.fixture(autouse=True)
 def micro_architectures(monkeypatch):
     """Networks small enough to train in a second, with dropout-like randomness in the image tower."""
-    from vlm.models import factory
+    from vlm.models.model import ARCHITECTURES
 
     vision = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1, "patch_dropout": 0.25}
     text = {"context_length": 24, "vocab_size": 300, "width": 32, "heads": 2, "layers": 1}
@@ -95,5 +95,5 @@ def micro_architectures(monkeypatch):
         "multimodal_cfg": {"context_length": 24, "vocab_size": 300, "width": 32, "heads": 2, "layers": 1},
         "custom_text": True,
     }
-    monkeypatch.setitem(factory.ARCHITECTURES, "micro", micro)
-    monkeypatch.setitem(factory.ARCHITECTURES, "micro-coca", micro_coca)
+    monkeypatch.setitem(ARCHITECTURES, "micro", micro)
+    monkeypatch.setitem(ARCHITECTURES, "micro-coca", micro_coca)

@@ -6,9 +6,8 @@ import torch
 
 from vlm.data.tokenizers import Tokenizer, open_tokenizer
 from vlm.data.transforms import EvalTransform
-from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import save_model_folder
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, build_network, fit_to_tokenizer, model_config
 
 
 def random_model(architecture: str, tokenizer: Tokenizer, *, seed: int = 0) -> VisionLanguageModel:

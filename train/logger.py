@@ -24,12 +24,12 @@ from vlm.data.sample_ledger import Epoch, Ledger, ShardCount, sum_counts
 from vlm.errors import UsageError, VlmError
 from vlm.files import compute_fingerprint, write_text
 from vlm.train.distributed import gather_objects, merge_ledgers
-from vlm.train.flops import device_peak
 from vlm.train.history import METRICS, MetricsLog, write_telemetry
 from vlm.train.metrics import (
     ProgressLine,
     StepTimer,
     Utilisation,
+    device_peak,
     reduce_over_processes,
 )
 from vlm.train.objectives.loss_term import Inputs

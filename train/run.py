@@ -27,10 +27,9 @@ from vlm.data.shards import shards_fingerprint
 from vlm.errors import VlmError
 from vlm.manifest import Manifest, write_manifest
 from vlm.model_spec import CHECKPOINTS, RUN_MODEL
-from vlm.models.factory import build_network
 from vlm.models.load import WEIGHTS, save_model_folder
 from vlm.models.low_rank import LORA, merge_adapters
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, build_network
 from vlm.results import Result
 from vlm.tensor_types import Tensor
 from vlm.train.checkpoint.checkpoint_files import EMA_WEIGHTS, checkpoint_name, find_damage, new_best

@@ -43,10 +43,9 @@ from vlm.files import write_text
 from vlm.manifest import is_complete
 from vlm.model_spec import CHECKPOINTS
 from vlm.models.dropout import PerSampleNoise, use_per_sample_dropout
-from vlm.models.factory import build_network, enable_padding_trim, fit_to_tokenizer, model_config
 from vlm.models.load import load_network
 from vlm.models.low_rank import LowRank, add_adapters
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, build_network, enable_padding_trim, fit_to_tokenizer, model_config
 from vlm.models.towers.tower import batch_norm_layers
 from vlm.models.towers.tower_registry import initial_preprocess, set_dropout
 from vlm.models.variants import with_image_size
@@ -55,7 +54,7 @@ from vlm.train.checkpoint.manager import RemoteCheckpointStore, restore_newest
 from vlm.train.distributed import apply_fsdp, no_gradient_sync
 from vlm.train.drift import DriftGuard, open_drift_guard
 from vlm.train.feature_cache import keep_locked_features, open_cached_features
-from vlm.train.flops import FlopCounter
+from vlm.train.metrics import FlopCounter
 from vlm.train.objectives.global_contrastive import GlobalAverages, inner_rate_at
 from vlm.train.objectives.loss_term import Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import FORMER_NAMES, WeightedLossTerm, parse_objective

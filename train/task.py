@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from vlm.data.precomputed_features import IMAGE_FEATURE, TEXT_FEATURE
 from vlm.errors import UsageError
 from vlm.models.coca import can_caption_in_parallel, parallel_logits
-from vlm.models.factory import is_captioner
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, is_captioner
 from vlm.models.network import Network
 from vlm.models.patch_features import ImageTowerOutput, encode_crops, run_image_tower, supports_patch_features
 from vlm.models.towers.tower import batch_norm_layers, freeze_batch_norm

@@ -9,9 +9,8 @@ from measure_server import serve
 
 from vlm.data.tar import ShardReader
 from vlm.data.tokenizers import trim_tokens
-from vlm.models.factory import enable_padding_trim
 from vlm.models.load import load_model
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, enable_padding_trim
 
 loaded: dict[str, VisionLanguageModel] = {}
 _WARM_UP = 2

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlm.index.reader import Index
-from vlm.service.query_encoder import load_query_encoder
+from vlm.service.query import load_query_encoder
 
 
 def measure_bare_calls(

@@ -14,9 +14,8 @@ from vlm.data.tar import ShardReader
 from vlm.data.tokenizers import open_tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import VlmError
-from vlm.models.factory import build_network, fit_to_tokenizer
 from vlm.models.load import WEIGHTS, save_model_folder
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, build_network, fit_to_tokenizer
 
 ARCHITECTURE = "vlm-bench"
 _PIXELS = 224

@@ -20,9 +20,8 @@ from vlm.data.transforms import EvalTransform, RandomResizedCrop
 from vlm.errors import UsageError
 from vlm.models.caption_search import write_captions
 from vlm.models.decoding_options import DecodingOptions
-from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import choose_device
-from vlm.models.model import VisionLanguageModel, autocast_to
+from vlm.models.model import VisionLanguageModel, autocast_to, build_network, fit_to_tokenizer, model_config
 
 _TEXT = "a photo of two green stars beside a red circle"
 _CAPTION_TOKENS = 32

@@ -16,8 +16,7 @@ from parts.messages import say
 from vlm.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, Tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.evaluation.onnx_int8 import quantize_tower
-from vlm.models.factory import build_network, enable_padding_trim, fit_to_tokenizer, model_config
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, build_network, enable_padding_trim, fit_to_tokenizer, model_config
 from vlm.models.onnx_encoder import EMBEDDINGS, IMAGE_TOWER, PIXELS, TEXT_TOWER, TOKENS, OnnxFolder, open_session
 from vlm.models.onnx_export import export_onnx
 

@@ -16,7 +16,7 @@ from parts.open_clip_environment import DATASETS
 from vlm.data.shards import count_samples, expand_shards
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_write, write_text
-from vlm.models.factory import ARCHITECTURES
+from vlm.models.model import ARCHITECTURES
 
 NETWORK = "clip-small"
 """Name of the network in open_clip's trainer."""

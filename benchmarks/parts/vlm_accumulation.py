@@ -12,8 +12,7 @@ import torch
 
 from vlm.data.tokenizers import open_tokenizer
 from vlm.data.transforms import EvalTransform
-from vlm.models.factory import build_network
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, build_network
 from vlm.train.objectives.loss_term import Inputs, LossOptions
 from vlm.train.objectives.objective_registry import parse_objective
 from vlm.train.run_config import ObjectiveConfig

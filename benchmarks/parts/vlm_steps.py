@@ -20,8 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlm.data.collate import TrainingBatch
-from vlm.models.factory import build_network
-from vlm.models.model import normalise
+from vlm.models.model import build_network, normalise
 from vlm.train.logger import RunLogger
 from vlm.train.optim import build_optimizer
 from vlm.train.run_config import LoaderConfig, ModelConfig, OptimizerConfig, TrainConfig

@@ -14,8 +14,16 @@ from typing import Any
 
 from vlm.data.samples import UNNAMED, Pair, Words
 from vlm.data.sources.image_folder import has_words_beside
-from vlm.data.sources.image_names import ImageFinder, image_names
-from vlm.data.sources.source import FolderFiles, SourceFiles, SourceOptions, folder_of, open_files, readable_text
+from vlm.data.sources.source import (
+    FolderFiles,
+    ImageFinder,
+    SourceFiles,
+    SourceOptions,
+    folder_of,
+    image_names,
+    open_files,
+    readable_text,
+)
 from vlm.data.sources.table import Table, has_columns, names_files, names_only_addresses, read_table, unique_image_keys
 from vlm.data.sources.table_rows import TABLE_READERS, decode_text, file_extension, is_table
 from vlm.errors import BadSample, UsageError, VlmError

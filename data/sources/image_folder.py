@@ -7,8 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vlm.data.samples import UNNAMED, Captions, Pair, Words, parse_captions, split_lines, without_captions
-from vlm.data.sources.image_names import image_names
-from vlm.data.sources.source import SourceFiles, SourceOptions, readable_text
+from vlm.data.sources.source import SourceFiles, SourceOptions, image_names, readable_text
 from vlm.data.sources.table import CAPTION_COLUMNS, unique_image_keys
 from vlm.data.sources.table_rows import decode_text
 from vlm.errors import BadSample, UsageError

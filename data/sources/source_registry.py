@@ -29,8 +29,8 @@ from vlm.data.sources.caption_files import (
     unread_captions,
 )
 from vlm.data.sources.image_folder import ClassFolderSource, ImageFolderSource, are_no_classes, label_folders
-from vlm.data.sources.image_names import HEIC_ENDINGS, endings, is_image_name
 from vlm.data.sources.source import (
+    HEIC_ENDINGS,
     FolderFiles,
     PairSource,
     SceneOptions,
@@ -38,6 +38,8 @@ from vlm.data.sources.source import (
     SourceOptions,
     SplitFilter,
     TarFiles,
+    endings,
+    is_image_name,
     named_splits,
     readable_text,
 )

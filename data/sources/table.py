@@ -12,8 +12,7 @@ from typing import Any
 
 from vlm.config import suggest
 from vlm.data.samples import UNNAMED, Captions, DroppedValue, DroppedValues, Pair, Words, parse_captions
-from vlm.data.sources.image_names import ImageFinder, is_web_address
-from vlm.data.sources.source import SourceFiles, SourceOptions, folder_of, readable_text
+from vlm.data.sources.source import ImageFinder, SourceFiles, SourceOptions, folder_of, is_web_address, readable_text
 from vlm.data.sources.table_rows import Rows, image_of_caption, read_rows
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import compute_fingerprint

@@ -23,7 +23,7 @@ from uuid import UUID
 
 import pyarrow as pa
 
-from vlm.data.sources.image_names import is_image_name, is_web_address
+from vlm.data.sources.source import is_image_name, is_web_address
 from vlm.errors import BadSample, VlmError
 
 # plain digits only: 007, 1e5 and 1,000 would not come back as they were written

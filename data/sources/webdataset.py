@@ -14,7 +14,7 @@ from vlm.data.samples import Captions, Pair, Words, split_lines, without_caption
 from vlm.data.selection import Selection
 from vlm.data.shard_cache import Inflater
 from vlm.data.shards import count_samples, shards_fingerprint
-from vlm.data.sources.image_names import is_image_name
+from vlm.data.sources.source import is_image_name
 from vlm.data.sources.table import unique_keys
 from vlm.data.tar import ShardReader, open_index
 from vlm.data.tar_entries import TarEntries

@@ -9,8 +9,8 @@ import pytest
 
 import vlm
 from vlm.cli.main import main
-from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import load_model, save_model
+from vlm.models.model import build_network, fit_to_tokenizer, model_config
 
 
 @pytest.fixture

@@ -11,9 +11,8 @@ from tests.models.huggingface_fixture import clip_folder
 from vlm.cli.main import main
 from vlm.data.tokenizers import open_tokenizer
 from vlm.data.transforms import EvalTransform
-from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import load_model, save_model_folder
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, build_network, fit_to_tokenizer, model_config
 
 
 def run(capsys, *words):

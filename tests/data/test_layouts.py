@@ -14,8 +14,7 @@ import pytest
 from PIL import Image
 
 from vlm.data.pack import REJECTED, PackConfig, pack
-from vlm.data.sources.image_names import HAS_HEIF
-from vlm.data.sources.source import SourceOptions
+from vlm.data.sources.source import HAS_HEIF, SourceOptions
 from vlm.data.sources.source_registry import open_source, recognise_source
 from vlm.errors import BadSample, UsageError, VlmError
 

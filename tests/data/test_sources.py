@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from vlm.data.sources.image_names import HAS_HEIF
-from vlm.data.sources.source import FolderFiles, SceneOptions, SourceOptions, TarFiles
+from vlm.data.sources.source import HAS_HEIF, FolderFiles, SceneOptions, SourceOptions, TarFiles
 from vlm.data.sources.source_registry import open_source
 from vlm.errors import BadSample, UsageError, VlmError
 

@@ -240,8 +240,8 @@ def make_data(folder: Path, *, shards: int) -> tuple[Path, Path]:
     from vlm.data.sources.source_registry import open_source
     from vlm.data.tokenizers import open_tokenizer
     from vlm.data.transforms import EvalTransform
-    from vlm.models.factory import build_network, fit_to_tokenizer, model_config
     from vlm.models.load import save_model
+    from vlm.models.model import build_network, fit_to_tokenizer, model_config
 
     source = open_source("scenes", SourceOptions(scenes=SceneOptions(number=6 * shards, pixels=32)))
     pack(source, folder / "shards", PackConfig(samples_per_shard=6))

@@ -11,7 +11,7 @@ from vlm.errors import UsageError
 from vlm.models.caption_search import WrittenCaptions, draw_tokens, largest, write_captions
 from vlm.models.coca import text_log_likelihoods
 from vlm.models.decoding_options import DecodingOptions
-from vlm.models.factory import build_network
+from vlm.models.model import build_network
 
 PAD, START, END, VOCABULARY, CONTEXT = 0, 1, 2, 12, 12
 NUM_IMAGES = 9

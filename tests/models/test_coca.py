@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from vlm.models.coca import text_log_likelihoods
-from vlm.models.factory import build_network, model_config
+from vlm.models.model import build_network, model_config
 from vlm.models.network import Captioner
 
 PAD, START, END = 0, 1, 2

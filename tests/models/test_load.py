@@ -11,9 +11,8 @@ from PIL import Image
 from vlm.data.tokenizers import open_tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
-from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import load_model, save_model_folder
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, build_network, fit_to_tokenizer, model_config
 
 TEXTS = ["a small red circle", "two large blue stars on a white background"]
 

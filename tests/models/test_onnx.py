@@ -22,7 +22,7 @@ from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter
 from vlm.models.load import load_model, save_model_folder
 from vlm.models.model import VisionLanguageModel
 from vlm.models.onnx_encoder import OnnxEncoder, read_onnx_folder
-from vlm.service.query_encoder import load_query_encoder, open_export
+from vlm.service.query import load_query_encoder, open_export
 from vlm.service.search import SearchService
 
 HEAVY = {"torch", "open_clip", "transformers", "pyarrow", "pydantic", "matplotlib", "PIL"}

@@ -6,7 +6,7 @@ from torch import nn
 
 from vlm.errors import UsageError
 from vlm.models import patch_features
-from vlm.models.factory import build_network, model_config
+from vlm.models.model import build_network, model_config
 from vlm.models.patch_features import encode_crops, pool_images, resize_positions, supports_patch_features
 
 

@@ -8,8 +8,7 @@ import torch
 from vlm.data.tokenizers import open_tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
-from vlm.models.factory import build_network, fit_to_tokenizer, model_config
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, build_network, fit_to_tokenizer, model_config
 from vlm.models.variants import with_image_size
 
 LEARNED = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1}

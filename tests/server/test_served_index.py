@@ -10,8 +10,7 @@ from tests.server.conftest import ClassifyingModel
 from vlm.errors import VlmError
 from vlm.index.writer import IndexWriter
 from vlm.server.served_index import ServedIndex, ThumbnailCache
-from vlm.service.query import Query
-from vlm.service.query_encoder import TextCache
+from vlm.service.query import Query, TextCache
 
 
 @pytest.fixture

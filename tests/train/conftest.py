@@ -62,8 +62,7 @@ def make_teacher(scene_tokenizer):
 
     from vlm.data.tokenizers import open_tokenizer
     from vlm.data.transforms import EvalTransform
-    from vlm.models.factory import build_network, fit_to_tokenizer, model_config
-    from vlm.models.model import VisionLanguageModel
+    from vlm.models.model import VisionLanguageModel, build_network, fit_to_tokenizer, model_config
 
     def make(seed: int, *, size: int = 32, embed_dim: int = 16) -> VisionLanguageModel:
         tokenizer = open_tokenizer(str(scene_tokenizer), 24)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from vlm.models.dropout import PerSampleNoise, use_per_sample_dropout
-from vlm.models.factory import build_network, enable_padding_trim
+from vlm.models.model import build_network, enable_padding_trim
 from vlm.train.distributed import apply_fsdp, average_unsharded_gradients, no_gradient_sync, to_full_tensor
 from vlm.train.objectives.loss_term import Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import parse_objective

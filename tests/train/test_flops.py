@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vlm.models.dropout import PerSampleDropout, PerSampleNoise
-from vlm.train.flops import FlopCounter, SampleFlops
+from vlm.train.metrics import FlopCounter, SampleFlops
 
 
 def count_flops(network, inputs) -> SampleFlops:

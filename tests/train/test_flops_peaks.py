@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vlm.train.flops import PEAKS, device_peak, find_peak, measure_peak
+from vlm.train.metrics import PEAKS, device_peak, find_peak, measure_peak
 
 
 @pytest.mark.parametrize(

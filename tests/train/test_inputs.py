@@ -8,8 +8,7 @@ from torch.nn import functional as F
 from vlm.data.tokenizers import open_tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
-from vlm.models.factory import build_network, model_config
-from vlm.models.model import VisionLanguageModel, normalise
+from vlm.models.model import VisionLanguageModel, build_network, model_config, normalise
 from vlm.train.step_inputs import EMATeacher, OnlineTeacher, resize_images
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vlm.models.factory import build_network, model_config
 from vlm.models.load import load_model
+from vlm.models.model import build_network, model_config
 from vlm.train.optim import layer_rates
 from vlm.train.run import train
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from vlm.errors import UsageError
-from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import load_model
 from vlm.models.low_rank import LowRank, add_adapters, merge_adapters
+from vlm.models.model import build_network, fit_to_tokenizer, model_config
 from vlm.train.checkpoint.checkpoint_files import list_checkpoints
 from vlm.train.run import train
 

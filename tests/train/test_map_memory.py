@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlm.errors import UsageError
-from vlm.models.factory import build_network, model_config
+from vlm.models.model import build_network, model_config
 from vlm.train.feature_cache import keep_evaluated_features, keep_locked_features
 from vlm.train.run import train
 from vlm.train.task import lock_tower

@@ -1,7 +1,6 @@
 import pytest
 
-from vlm.train.flops import PeakFlops, SampleFlops
-from vlm.train.metrics import StepTimer, Utilisation, progress_note, reduce_over_processes
+from vlm.train.metrics import PeakFlops, SampleFlops, StepTimer, Utilisation, progress_note, reduce_over_processes
 
 
 class Hand:

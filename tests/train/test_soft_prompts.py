@@ -12,9 +12,8 @@ from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.models.caption_search import write_captions
 from vlm.models.decoding_options import DecodingOptions
-from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import load_model, load_model_folder, save_model_folder
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, build_network, fit_to_tokenizer, model_config
 from vlm.train.run import train
 
 IMAGE = "timm:test_vit,image_size=32"

@@ -11,8 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vlm.data.tokenizers import open_tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
-from vlm.models.factory import build_network, model_config
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, build_network, model_config
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, LossOptions
 from vlm.train.objectives.objective_registry import LOSS_TERMS, parse_objective
 from vlm.train.run_config import ObjectiveConfig

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vlm.errors import UsageError
-from vlm.models.factory import build_network, model_config
+from vlm.models.model import build_network, model_config
 from vlm.train.task import freeze_unused_parameters, lock_tower
 
 TOKENS = torch.tensor([[1, 9, 2, *[0] * 21], [1, 8, 2, *[0] * 21]])

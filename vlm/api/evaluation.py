@@ -34,7 +34,7 @@ from vlm.evaluation.zero_shot import ZeroShot, ZeroShotClassification, open_labe
 from vlm.files import write_text
 from vlm.pages import Provenance
 from vlm.results import Result, json_values
-from vlm.service.query_encoder import Backend
+from vlm.service.query import Backend
 
 if TYPE_CHECKING:
     from vlm.models.model import VisionLanguageModel

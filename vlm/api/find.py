@@ -16,8 +16,7 @@ from vlm.service.folder.folder_encoder import LoadEncoder
 from vlm.service.folder.folder_index import FolderBusyError, FolderIndex, FolderUpdate, NoModelError
 from vlm.service.folder.folder_reader import FOLDER_FIELDS
 from vlm.service.folder.folder_scan import ChangeWaiter
-from vlm.service.query import Query
-from vlm.service.query_encoder import load_encoder, load_query_encoder
+from vlm.service.query import Query, load_encoder, load_query_encoder
 from vlm.service.search import SearchResult, SearchService
 
 # imported where a model is loaded: a search without one takes no time for it

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vlm.data.image_inputs import file_or_image, image_list
-from vlm.data.sources.image_names import image_paths
+from vlm.data.sources.source import image_paths
 from vlm.data.transforms import EvalTransform
 from vlm.errors import BadSample, UsageError
 from vlm.tensor_types import Array, Tensor, UInt8

@@ -15,11 +15,10 @@ from vlm.data.image_inputs import ImageInput, encoded_image, image_list
 from vlm.errors import UsageError, os_errors_explained
 from vlm.index.encoder import Encoder
 from vlm.index.engine_base import EngineCatalogue, IndexInfo, check_index, open_writer, require_faiss, row_numbers
-from vlm.index.metadata import check_json
+from vlm.index.metadata import metadata_lines
 from vlm.index.row_map import SAMPLE
 from vlm.results import Result
-from vlm.service.query import Query
-from vlm.service.query_encoder import Backend, query_loader
+from vlm.service.query import Backend, Query, query_loader
 from vlm.service.search import LoadEncoder, RankedHit, SearchResult, SearchService
 
 # imported where they are used: a search needs none of them, and they need torch, FAISS's training or tables
@@ -176,7 +175,7 @@ class SearchIndex:
         images, uids = self._terms_like(like)
         query = Query.of(
             texts=texts,
-            images=(*map(encoded_image, image_list(image)), *images),
+            images=(*_encoded_images(image), *images),
             items=uids,
             vectors=_query_vectors(vector),
             minus=minus,
@@ -294,7 +293,7 @@ class SearchIndex:
         if isinstance(values, str | Path):
             lines: Iterable[Mapping[str, Any]] = read_table(Path(values), encoding=encoding)
         else:
-            lines = _metadata_lines(values)
+            lines = metadata_lines(values)
         names = text_list(columns, "columns")
 
         def change(writer: "EngineWriter") -> "SetSummary":
@@ -534,6 +533,8 @@ class SearchIndex:
 
     def _terms_like(self, like: ImageInput | Sequence[ImageInput]) -> tuple[list[Path | bytes], tuple[str, ...]]:
         """The images and the uids among what rows should be like."""
+        if isinstance(like, tuple) and not like:
+            return [], ()
         values = image_list(like)
         names = [str(value) for value in values if isinstance(value, str | Path)]
         # the catalogue is asked only if there is a name, which a file may have as well: a uid comes first
@@ -662,20 +663,11 @@ def _is_image_file(path: str | Path) -> bool:
     return ending(str(path)) in PHOTO_ENDINGS and not Path(path).expanduser().is_dir()
 
 
-def _metadata_lines(values: Any) -> list[Mapping[str, Any]]:
-    """New values by uid, or one mapping a row, as the lines of a table."""
-    if not isinstance(values, Iterable):
-        raise UsageError(f"values = {values!r}: give a table, new values by uid, or a mapping for each row.")
-    lines: list[Mapping[str, Any]] = []
-    if isinstance(values, Mapping):
-        for uid, fields in values.items():
-            check_json(fields, f"{uid!r}")
-            lines.append({"uid": uid, **fields})
-    else:
-        for number, line in enumerate(values, 1):
-            check_json(line, f"row {number}")
-            lines.append(line)
-    return lines
+def _encoded_images(images: ImageInput | Sequence[ImageInput]) -> list[Path | bytes]:
+    # of words alone there is nothing to read
+    if isinstance(images, tuple) and not images:
+        return []
+    return list(map(encoded_image, image_list(images)))
 
 
 def _query_vectors(vector: Vectors) -> tuple[Path | tuple[float, ...], ...]:

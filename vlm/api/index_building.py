@@ -309,7 +309,7 @@ def import_embeddings(
     """
     from vlm.index.interop.import_layouts import ColumnChoice
     from vlm.index.interop.importer import import_embeddings as import_rows
-    from vlm.service.query_encoder import load_encoder
+    from vlm.service.query import load_encoder
 
     return import_rows(
         Path(source),

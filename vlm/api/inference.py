@@ -28,7 +28,7 @@ from vlm.files import json_text
 from vlm.model_spec import is_onnx_folder
 from vlm.models.decoding_options import DecodingOptions
 from vlm.models.onnx_encoder import OnnxEncoder
-from vlm.service.query_encoder import Backend, chosen_backend, embed_pixels, embed_query_texts, load_query_encoder
+from vlm.service.query import Backend, chosen_backend, embed_pixels, embed_query_texts, load_query_encoder
 from vlm.tensor_types import Array, Float32
 
 # imported where it is used: an ONNX export needs no torch

@@ -77,7 +77,7 @@ class Classify:
         """Show the most probable classes of each image."""
         from vlm.api.inference import load, read_prompts
         from vlm.evaluation.rejection import read_reject_rule
-        from vlm.service.query_encoder import chosen_backend
+        from vlm.service.query import chosen_backend
 
         # these are checked first: a model takes long to load
         prompts = read_prompts(self.classes, self.templates, self.class_descriptions)

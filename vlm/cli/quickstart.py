@@ -15,7 +15,7 @@ import tyro
 
 from vlm.cli.options import call_options
 from vlm.console import percent, show_json, show_table
-from vlm.data.sources.image_names import IMAGE_SUFFIXES
+from vlm.data.sources.source import IMAGE_SUFFIXES
 from vlm.data.synthetic.shapes import shape_colour_classes
 from vlm.errors import UsageError, os_errors_explained
 from vlm.files import json_text, write_text

@@ -158,7 +158,7 @@ class Search:
 
     def _open(self) -> "SearchIndex":
         from vlm.api.index import open_index
-        from vlm.service.query_encoder import chosen_backend
+        from vlm.service.query import chosen_backend
 
         # only many queries are worth moving the index to a GPU
         return open_index(

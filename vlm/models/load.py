@@ -31,9 +31,15 @@ from vlm.model_spec import (
     model_folder,
     split_model_spec,
 )
-from vlm.models.factory import ModelConfig, allow_logit_bias, build_network, enable_padding_trim
 from vlm.models.low_rank import LORA, merge_adapters
-from vlm.models.model import VisionLanguageModel, space_fingerprint
+from vlm.models.model import (
+    ModelConfig,
+    VisionLanguageModel,
+    allow_logit_bias,
+    build_network,
+    enable_padding_trim,
+    space_fingerprint,
+)
 from vlm.models.towers.tower_registry import portable_config
 from vlm.models.variants import (
     BackwardCompatibleModel,

@@ -29,8 +29,7 @@ from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder, compute_fingerprint
 from vlm.manifest import Manifest, read_manifest, record_file, write_manifest
 from vlm.model_spec import DIMENSIONS_SEPARATOR, PROJECTION_WEIGHTS, truncated_fingerprint
-from vlm.models.factory import build_network
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, build_network
 from vlm.tensor_types import Float, Float32, Tensor, UInt8
 
 # tokens before the patches: none, a class token, or that with registers

@@ -30,8 +30,7 @@ from vlm.index.reader import IndexSnapshot
 from vlm.index.row_map import RowMap
 from vlm.server.schemas import MAX_WORDS, ExplainRequest, MapRequest, decode_data_url, encode_data_url
 from vlm.service.images import read_image_bytes, thumbnail
-from vlm.service.query import Query
-from vlm.service.query_encoder import QueryEncoder, TextCache, embed_query_texts, load_query_encoder
+from vlm.service.query import Query, QueryEncoder, TextCache, embed_query_texts, load_query_encoder
 from vlm.service.ranking import rows_matching
 from vlm.service.search import RankedHit, SearchResult, SearchService, embed_query_images
 from vlm.tensor_types import Array, Float32

@@ -18,7 +18,7 @@ from vlm.results import Result
 from vlm.server.app import Service, create_app
 from vlm.server.guard import Limits, Tokens
 from vlm.server.served_index import ServedIndex
-from vlm.service.query_encoder import QueryEncoder, load_query_encoder
+from vlm.service.query import QueryEncoder, load_query_encoder
 
 logger = logging.getLogger(__name__)
 

@@ -26,14 +26,15 @@ from vlm.index.encoder import Encoder
 from vlm.index.engine_base import EngineIndex, EngineSnapshot, Entry, Hit, RowSelection, open_engine_index
 from vlm.model_spec import absolute_spec
 from vlm.models.onnx_encoder import OnnxEncoder
-from vlm.service.query import Query, load_query_vector
-from vlm.service.query_encoder import (
+from vlm.service.query import (
+    Query,
     QueryEncoder,
     TextCache,
     embed_pixels,
     embed_query_texts,
     load_encoder,
     load_query_encoder,
+    load_query_vector,
 )
 from vlm.service.ranking import NUM_CANDIDATES, Ranker, Ranking, rows_matching
 from vlm.service.relevance import Calibrator, NullScores, Relevance, find_best, null_kind

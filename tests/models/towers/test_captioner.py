@@ -11,9 +11,8 @@ from vlm.errors import UsageError
 from vlm.models.caption_search import write_captions
 from vlm.models.caption_state import can_cache
 from vlm.models.decoding_options import DecodingOptions
-from vlm.models.factory import build_network, enable_padding_trim, fit_to_tokenizer, model_config
 from vlm.models.load import load_model_folder, save_model_folder
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, build_network, enable_padding_trim, fit_to_tokenizer, model_config
 from vlm.models.patch_features import run_image_tower
 from vlm.models.towers.tower_registry import set_dropout
 

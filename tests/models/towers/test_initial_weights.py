@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import save_file
 
 from vlm.errors import UsageError, VlmError
-from vlm.models.factory import build_network, model_config
+from vlm.models.model import build_network, model_config
 from vlm.models.towers.initial_weights import load_initial_weights
 
 TRUNK = "test_efficientnet"

@@ -10,7 +10,7 @@ from vlm.models.towers.language_model import FrozenLanguageTower, complete_lm, l
 from vlm.models.towers.tower import pool_states, text_mask
 from vlm.models.towers.tower_config import parse_tower_options, read_text_config
 from vlm.models.towers.tower_registry import build_text_tower, resolve_tower_configs
-from vlm.train.flops import FlopCounter
+from vlm.train.metrics import FlopCounter
 
 ROWS = torch.tensor([[90, 5, 6, 7, 91, 0, 0, 0], [90, 8, 91, 0, 0, 0, 0, 0], [90, 5, 9, 10, 11, 12, 13, 91]])
 IDS: dict[str, Any] = {"context_length": 8, "vocab_size": 100, "pad_id": 0, "eos_id": 91}

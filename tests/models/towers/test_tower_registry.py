@@ -8,9 +8,8 @@ import torch
 from vlm.data.tokenizers import open_tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
-from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import load_model_folder, save_model_folder
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, build_network, fit_to_tokenizer, model_config
 from vlm.models.towers.tower_registry import set_dropout
 
 TEXTS = ["a small red circle", "two large blue stars on a white background"]

@@ -6,8 +6,7 @@ from vlm.data.tokenizers import open_tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.models.coca import mask_width, parallel_logits
-from vlm.models.factory import build_network, model_config
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, build_network, model_config
 from vlm.models.patch_features import run_image_tower
 from vlm.train.objectives.captioning import CAPPA, add_mask_embedding, cappa, choose_parallel_captions
 from vlm.train.objectives.loss_term import LossOptions

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from vlm.console import list_counts, pluralize, progress
 from vlm.data.photo_formats import HAS_RAW
-from vlm.data.sources.image_names import HAS_HEIF
+from vlm.data.sources.source import HAS_HEIF
 from vlm.errors import UsageError, VlmError
 from vlm.files import compute_fingerprint, content_digest
 from vlm.index.build import create_index

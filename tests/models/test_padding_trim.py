@@ -4,9 +4,8 @@ from torch import nn
 
 from vlm.data.tokenizers import open_tokenizer
 from vlm.data.transforms import EvalTransform
-from vlm.models.factory import build_network, enable_padding_trim, model_config
 from vlm.models.load import load_model, save_model_folder
-from vlm.models.model import VisionLanguageModel
+from vlm.models.model import VisionLanguageModel, build_network, enable_padding_trim, model_config
 
 
 def encode(network, tokens):
