@@ -315,11 +315,15 @@ def digest_of(origin: Origin) -> int:
     return _values(origin, 0)[-1]
 
 
+# `json.dumps` makes an encoder for every call with an option
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def _values(origin: Origin, shard: int) -> tuple[Any, ...]:
     """The columns of a row from uid to digest. shard: the id of its shard."""
     location = (origin.number, origin.image_offset, origin.image_size, origin.caption_number)
-    captions = json.dumps(origin.captions, ensure_ascii=False)
-    metadata_json = json.dumps(origin.metadata, ensure_ascii=False)
+    captions = _to_json(origin.captions)
+    metadata_json = _to_json(origin.metadata)
     digest = crc32_of(origin.uid, origin.key, origin.shard, *location, captions, metadata_json)
     return (origin.uid, origin.key, shard, *location, captions, metadata_json, digest)
 

@@ -92,11 +92,19 @@ def search(folder: Path, request: Values) -> Values:
     found["all"] = _asked(index, questions, None)
     for name, words in FILTERS.items():
         condition = parse_filter(words)
-        index.catalogue.where(condition)
         began = time.perf_counter()
         rows = index.catalogue.where(condition)
-        where_s = time.perf_counter() - began
-        found[name] = {"where_ms": 1000 * where_s, **_asked(index, questions[:_FILTERED_QUESTIONS], rows)}
+        first_ms = 1000 * (time.perf_counter() - began)
+        again: list[float] = []
+        for _ in range(4):
+            began = time.perf_counter()
+            index.catalogue.where(condition)
+            again.append(1000 * (time.perf_counter() - began))
+        found[name] = {
+            "where_first_ms": first_ms,
+            "where_ms": float(np.median(again)),
+            **_asked(index, questions[:_FILTERED_QUESTIONS], rows),
+        }
     return found
 
 
