@@ -43,7 +43,7 @@ from pyroaring import BitMap
 from vlm.config import suggest
 from vlm.errors import UsageError
 from vlm.index.metadata import KEY, LONGEST_TEXT, FieldType, FieldValue, field_types, sanitize_text
-from vlm.index.row_bitmaps import fetch_bitmap, plain_cursor, row_ids
+from vlm.index.row_bitmaps import fetch_bitmap, plain_cursor, read_bitmap, row_ids
 from vlm.tensor_types import Array, Int64
 
 _ISO_TIME = re.compile(
@@ -504,7 +504,7 @@ class _Evaluator:
         if not self.use_bitmaps:
             return self._rows_by_facts(field, "TRUE", (), allowed_rows)
         stored = self._query("SELECT rows FROM bitmaps WHERE field = ?", self.fields[field])
-        rows = BitMap().union(*(BitMap.deserialize(span) for (span,) in stored))
+        rows = BitMap().union(*(read_bitmap(span) for (span,) in stored))
         return rows if allowed_rows is None else rows & allowed_rows
 
     def _rows_by_bitmaps(self, predicate: IsIn | Compare | Like, allowed_rows: BitMap | None) -> BitMap:
@@ -523,7 +523,7 @@ class _Evaluator:
         # removed, so they may be read after it
         for low, high, stored in self._selected_spans(predicate):
             if stored is not None:
-                bitmaps.append(BitMap.deserialize(stored))
+                bitmaps.append(read_bitmap(stored))
             else:
                 within = f"{sql} AND value >= ? AND value <= ?"
                 bitmaps.append(self._rows_by_facts(predicate.field, within, (*values, low, high), None))
@@ -551,7 +551,7 @@ class _Evaluator:
         frequent: set[FieldValue] = set()
         for low, stored in self._query(query, self.fields[predicate.field], *values):
             frequent.add(low)
-            bitmaps.append(BitMap.deserialize(stored))
+            bitmaps.append(read_bitmap(stored))
         # of the others there are few facts, which the primary key finds
         if rare := tuple(value for value in values if value not in frequent):
             sql, _ = _predicate_sql(IsIn(field=predicate.field, values=rare))

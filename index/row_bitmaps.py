@@ -15,6 +15,7 @@ from array import array
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, groupby
 from operator import itemgetter
@@ -24,6 +25,7 @@ import numpy as np
 from pyroaring import BitMap
 
 from vlm.errors import VlmError
+from vlm.index.index_files import REBUILD_HINT
 from vlm.index.metadata import FieldValue
 from vlm.tensor_types import Array, Int, Int64
 
@@ -66,6 +68,18 @@ def to_bitmap(rows: Int[Array, " N"]) -> BitMap:
 def row_ids(bitmap: BitMap) -> Int64[Array, " N"]:
     """The row numbers in a set, ascending."""
     return np.frombuffer(bitmap.to_array(), np.uint32).astype(np.int64)
+
+
+def read_bitmap(stored: bytes) -> BitMap:
+    """A set of rows as a catalogue stores it.
+
+    Raises:
+        VlmError: it is damaged.
+    """
+    try:
+        return BitMap.deserialize(stored)
+    except ValueError as error:
+        raise VlmError(f"A bitmap of the catalogue is damaged ({error}); {REBUILD_HINT}.") from error
 
 
 def fetch_bitmap(database: sqlite3.Connection, sql: str, *parameters: FieldValue) -> BitMap:
@@ -121,7 +135,10 @@ def _field_faults(database: sqlite3.Connection, field: int, name: str) -> Iterat
     spans = database.execute("SELECT low, high, rows FROM bitmaps WHERE field = ? ORDER BY low", (field,))
     for low, high, stored in spans.fetchall():
         rows = fetch_bitmap(database, f"SELECT row {_FACTS_WITHIN}", field, low, high)
-        if rows != BitMap.deserialize(stored):
+        is_right = False
+        with suppress(VlmError):
+            is_right = read_bitmap(stored) == rows
+        if not is_right:
             yield f"the bitmap of {name!r} from {low!r} to {high!r} is not that of its facts"
         num_facts += database.execute(f"SELECT count(*) {_FACTS_WITHIN}", (field, low, high)).fetchone()[0]
     if num_facts != database.execute("SELECT count(*) FROM facts WHERE field = ?", (field,)).fetchone()[0]:
@@ -275,7 +292,7 @@ class _FieldUpdate:
             span.id = self._database.execute(_INSERT, values).lastrowid or 0
             return
         (stored,) = self._database.execute("SELECT rows FROM bitmaps WHERE rowid = ?", (span.id,)).fetchone()
-        rows = (BitMap.deserialize(stored) | rows) - to_bitmap(np.array(removed, np.int64))
+        rows = (read_bitmap(stored) | rows) - to_bitmap(np.array(removed, np.int64))
         query = "UPDATE bitmaps SET low = ?, high = ?, facts = ?, rows = ? WHERE rowid = ?"
         self._database.execute(query, (span.low, span.high, span.facts, _stored(rows), span.id))
 

@@ -68,6 +68,14 @@ def test_a_bitmap_that_differs_from_its_facts_is_a_fault() -> None:
     assert faults == ["the bitmap of 'x' from 2 to 3 is not that of its facts"]
 
 
+def test_a_damaged_bitmap_is_an_error_of_the_filter_and_a_fault_of_the_check() -> None:
+    database = open_bitmaps([{"x": 1}] * 4, facts_per_bitmap=2)
+    database.execute("UPDATE bitmaps SET rows = substr(rows, 1, 9) WHERE low = 1")
+    with pytest.raises(VlmError, match=r"A bitmap of the catalogue is damaged \(.*\); build the index again"):
+        chosen(database, "x = 1", use_bitmaps=True)
+    assert list(bitmap_faults(database)) == ["the bitmap of 'x' from 1 to 1 is not that of its facts"]
+
+
 def test_row_numbers_of_32_bits_are_held_and_higher_ones_refused() -> None:
     rows = np.array([0, 7, MAX_ROW])
     assert (row_ids(to_bitmap(rows)) == rows).all()
