@@ -163,7 +163,7 @@ class AnnotationSource:
         captions, metadata, _ = self.words(number)
         image = self._images[number]
         file = self._files.read(self._finder.find(image.file, *image.folders))
-        return Pair(key=self._keys[number], image=file, captions=captions, metadata=metadata)
+        return Pair(key=self._keys[number].as_py(), image=file, captions=captions, metadata=metadata)
 
     def words(self, number: int) -> Words:
         """The captions, and what the file says of the image."""

@@ -56,7 +56,7 @@ class ClassFolderSource:
         """The image with its class said through the template."""
         captions, metadata, _ = self.words(number)
         image = self._files.read(self._names[number])
-        return Pair(key=self._keys[number], image=image, captions=captions, metadata=metadata)
+        return Pair(key=self._keys[number].as_py(), image=image, captions=captions, metadata=metadata)
 
     def words(self, number: int) -> Words:
         """The class, said through the template."""
@@ -113,7 +113,7 @@ class ImageFolderSource:
         """The image with the captions next to it."""
         captions, metadata, _ = self.words(number)
         image = self._files.read(self._names[number])
-        return Pair(key=self._keys[number], image=image, captions=captions, metadata=metadata)
+        return Pair(key=self._keys[number].as_py(), image=image, captions=captions, metadata=metadata)
 
     def words(self, number: int) -> Words:
         """The captions and the JSON next to the image."""

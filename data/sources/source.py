@@ -5,6 +5,7 @@ import io
 import os
 import re
 import weakref
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ from typing import Any, BinaryIO, Literal, Protocol, runtime_checkable
 
 from vlm.config import suggest
 from vlm.data.samples import Pair, WordedSource, Words
-from vlm.data.tar import Span
 from vlm.data.tar_entries import TarEntries
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import compute_fingerprint
@@ -273,7 +273,10 @@ class TarFiles:
     def __init__(self, path: Path, folder: str = "", *, allow_damage: bool = False) -> None:
         self.url = str(path)
         prefix = f"{PurePosixPath(folder)}/" if folder else ""
-        self._spans: dict[str, Span] = {}
+        # a number for each name, and columns: a pair of numbers for each would take as much again
+        self._numbers: dict[str, int] = {}
+        self._offsets = array("q")
+        self._sizes = array("q")
         with path.open("rb") as file:
             end = os.fstat(file.fileno()).st_size
             entries = TarEntries(file, str(path))
@@ -283,7 +286,9 @@ class TarFiles:
                 is_whole = entry.offset_data + entry.size <= end
                 is_hidden = "/." in f"/{name}"
                 if is_whole and name.startswith(prefix) and not is_hidden:
-                    self._spans[name.removeprefix(prefix)] = Span(entry.offset_data, entry.size)
+                    self._numbers[name.removeprefix(prefix)] = len(self._sizes)
+                    self._offsets.append(entry.offset_data)
+                    self._sizes.append(entry.size)
         if entries.damage and not allow_damage:
             raise VlmError(
                 f"{path} is damaged: {entries.damage}; fetch it again, or read what is whole by --allow-damage."
@@ -293,15 +298,15 @@ class TarFiles:
 
     def names(self) -> list[str]:
         """Names of regular files in the tar; links are left out."""
-        return sorted(self._spans)
+        return sorted(self._numbers)
 
     def read(self, name: str) -> bytes:
         """The bytes of a member."""
-        span = self._spans.get(inner_name(name))
-        if span is None:
+        number = self._numbers.get(inner_name(name))
+        if number is None:
             raise BadSample("missing file", f"{name} in {self.url}")
         # pread has no position that workers forked from this process would share
-        return os.pread(self._descriptor, span.size, span.offset)
+        return os.pread(self._descriptor, self._sizes[number], self._offsets[number])
 
     def read_beginning(self, name: str, size: int) -> bytes:
         """The first bytes of a member."""
@@ -313,7 +318,7 @@ class TarFiles:
 
     def fingerprint(self) -> str:
         """Names and sizes from the headers."""
-        return compute_fingerprint(*(f"{name}\n{self._spans[name].size}" for name in self.names()))
+        return compute_fingerprint(*(f"{name}\n{self._sizes[self._numbers[name]]}" for name in self.names()))
 
 
 def open_files(url: str, folder: str = "", *, allow_damage: bool = False) -> SourceFiles | None:

@@ -1,14 +1,19 @@
 """Pairs listed in a table: a column with images or their names, one with captions, the rest metadata."""
 
 import difflib
-import json
 import re
+from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain
 from pathlib import PurePosixPath
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from vlm.config import suggest
 from vlm.data.samples import UNNAMED, Captions, DroppedValue, DroppedValues, Pair, Words, parse_captions
@@ -30,6 +35,7 @@ CAPTION_COLUMNS = (
 URL_COLUMNS = ("url", "image_url", "img_url", "image_urls", "link")
 KEY_COLUMN = "key"
 _LANGUAGE_COLUMN = re.compile(r"captions_\w+")
+_NO_KEY = re.compile(r"[\x00-\x1f/\\]+")
 
 
 @dataclass(frozen=True)
@@ -93,28 +99,21 @@ class TableSource:
             self._language_columns |= dict.fromkeys(filter(_LANGUAGE_COLUMN.fullmatch, table.rows.columns))
         # the image is the same throughout, though its name may carry the number of the caption
         self._merged_columns = {self._image_column, self._caption_column, *self._language_columns}
-        names: list[Any] = []
-        keys: list[Any] = []
-        folders: list[str] = []
-        is_shared_name: list[bool] = []
-        self._ends: list[int] = []
-        for table in tables:
-            names += _image_names(table.rows, self._image_column)
-            keys += _column_or_nothing(table.rows, self._key_column)
-            folders.append(table.folder)
-            # many embedded images may be called by one name, such as image.jpg
-            is_shared_name.append(self._image_column in table.rows.embedded)
-            self._ends.append(len(names))
-        self._groups = _rows_by_image(names, folders, is_shared_name, self._ends)
-        self._names: list[Any] = []
-        preferences: list[tuple[Any, Any]] = []
+        self._ends = list(accumulate(len(table.rows) for table in tables))
+        self._groups = _rows_by_image(tables, self._image_column)
         # an image with several rows has the key of its first one
-        for first_row, *_ in self._groups:
-            self._names.append(names[first_row])
-            preferences.append((keys[first_row], names[first_row]))
-        self._keys = unique_keys(preferences)
+        firsts = self._groups.firsts().tolist()
+        names = list(map(self._concatenated(_image_names, self._image_column).__getitem__, firsts))
+        keys = list(map(self._concatenated(_column_or_nothing, self._key_column).__getitem__, firsts))
+        self._keys = unique_keys(keys, names)
 
         self._identity = self._compute_fingerprint()
+        # of use for the fingerprint alone; a table may be as large as the memory of all else together
+        self._tables = [replace(table, data=b"") for table in tables]
+
+    def _concatenated(self, read: Callable[[Rows, str], list[Any]], column: str) -> list[Any]:
+        """One column of all tables."""
+        return list(chain.from_iterable(read(table.rows, column) for table in self._tables))
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -126,7 +125,7 @@ class TableSource:
         self._check_image_named(numbers[0], rows[0])
         captions, metadata, _ = self._words(number, rows)
         return Pair(
-            key=self._keys[number], image=self._image(numbers[0], rows[0]), captions=captions, metadata=metadata
+            key=self._keys[number].as_py(), image=self._image(numbers[0], rows[0]), captions=captions, metadata=metadata
         )
 
     def words(self, number: int) -> Words:
@@ -164,7 +163,7 @@ class TableSource:
                 captions = _merge(map(self._captions, rows))
         if not captions and self._options.captions not in ("none", "optional"):
             raise BadSample("no caption", f"row {self._groups[number][0] + 1} has no text in {self._caption_column!r}")
-        key = self._keys[number]
+        key = self._keys[number].as_py()
         metadata: dict[str, Any] = {}
         for column, value in rows[0].items():
             is_caption = column == self._caption_column or column in self._language_columns
@@ -177,17 +176,20 @@ class TableSource:
 
     def file_of(self, number: int) -> str:
         """The image as the table names it, else the row."""
-        name = self._names[number]
-        return f"row {self._groups[number][0] + 1}" if name is None else readable_text(str(name))
+        row = self._groups[number][0]
+        try:
+            name = _image_name(self._row(row).get(self._image_column))
+        except BadSample:
+            name = None
+        return f"row {row + 1}" if name is None else readable_text(str(name))
 
     def used_files(self) -> set[str]:
         """The tables, and the images they name."""
         used = {table.name for table in self._tables}
-        for rows, name in zip(self._groups, self._names, strict=True):
-            try:
-                used.add(self._finder.find(str(name), self._table_of(rows[0]).folder))
-            except BadSample:
-                continue
+        for table in self._tables:
+            for name in _image_names(table.rows, self._image_column):
+                with suppress(BadSample):
+                    used.add(self._finder.find(str(name), table.folder))
         return used
 
     def fingerprint(self) -> str:
@@ -310,33 +312,34 @@ def names_files(table: Table, files: SourceFiles, options: SourceOptions, *, tri
     return False
 
 
-def unique_keys(preferences: Sequence[tuple[Any, Any]]) -> list[str]:
-    """Keys from (given key, name of the image): the key, else the stem of the name, else number in the table.
+def unique_keys(given: Sequence[Any], names: Sequence[Any]) -> pa.LargeStringArray:
+    """Keys from those given and the names of the images: the key, else the stem of the name, else number in the table.
 
     Dots become underscores, for a WebDataset key ends at its first dot. Stems that occur twice get the names of
-    their folders in front; what is still not unique gets a number behind.
+    their folders in front; what is still not unique gets a number behind. Arrow holds a key in a fifth of the memory of
+    a text of Python's.
 
-    >>> unique_keys([(None, "a/1.jpg"), (None, "b/1.jpg"), ("x.y", "c.jpg"), (None, "c.d.jpg")])
+    >>> unique_keys([None, None, "x.y", None], ["a/1.jpg", "b/1.jpg", "c.jpg", "c.d.jpg"]).to_pylist()
     ['a-1', 'b-1', 'x_y', 'c_d']
     """
     stems: Counter[str] = Counter()
-    for raw, name in preferences:
+    for raw, name in zip(given, names, strict=True):
         if raw is None and name is not None:
             stems[PurePosixPath(str(name)).stem] += 1
     keys: list[str] = []
     # first come, first served: the same table gives the same keys every time
     taken: set[str] = set()
-    for number, (raw, name) in enumerate(preferences):
-        path = PurePosixPath(str(name))
+    for number, (raw, name) in enumerate(zip(given, names, strict=True)):
         if raw is not None:
             preferred = str(raw)
         elif name is None:
             preferred = f"row-{number + 1}"
         else:
+            path = PurePosixPath(str(name))
             preferred = path.stem if stems[path.stem] == 1 else str(path.with_suffix(""))
         preferred = readable_text(preferred).strip().strip("/")
         # keys are names of tar members, in which a slash would be a folder
-        base = re.sub(r"[\x00-\x1f/\\]+", "-", preferred).replace(".", "_") or f"row-{number + 1}"
+        base = _NO_KEY.sub("-", preferred).replace(".", "_") or f"row-{number + 1}"
         key = base
         attempt = 1
         while key in taken:
@@ -344,12 +347,12 @@ def unique_keys(preferences: Sequence[tuple[Any, Any]]) -> list[str]:
             key = f"{base}-{attempt}"
         taken.add(key)
         keys.append(key)
-    return keys
+    return pa.array(keys, pa.large_string())
 
 
-def unique_image_keys(names: Sequence[str]) -> list[str]:
+def unique_image_keys(names: Sequence[str]) -> pa.LargeStringArray:
     """Keys from the names of images alone."""
-    return unique_keys([(None, name) for name in names])
+    return unique_keys([None] * len(names), names)
 
 
 def _known_column(rows: Rows, known: Sequence[str]) -> str | None:
@@ -388,32 +391,60 @@ def _similarity(column: str, known: Sequence[str]) -> float:
 
 
 def _image_names(rows: Rows, column: str) -> list[Any]:
-    """The images of the rows, None where none is named; a numbered caption (`1.jpg#0`) is one of its image."""
-    names: list[Any] = []
-    for name in _column_or_nothing(rows, column):
-        is_text = isinstance(name, str)
-        names.append((image_of_caption(name) if name.strip() else None) if is_text else name)
-    return names
+    """The images of the rows, None where none is named."""
+    return list(map(_image_name, _column_or_nothing(rows, column)))
+
+
+def _image_name(value: Any) -> Any:
+    """The image that a cell names, or None; a numbered caption (`1.jpg#0`) is one of its image."""
+    if isinstance(value, str):
+        return image_of_caption(value) if value.strip() else None
+    return value
 
 
 def _column_or_nothing(rows: Rows, column: str) -> list[Any]:
     return rows.column(column) if column in rows.columns else [None] * len(rows)
 
 
-def _rows_by_image(
-    names: Sequence[Any], folders: Sequence[str], is_shared_name: Sequence[bool], ends: Sequence[int]
-) -> list[tuple[int, ...]]:
-    """The rows of each image, in the order of its first row; rows that name none stay alone.
+class _RowGroups:
+    """The rows of each image, in the order of its first row.
 
-    Tables in different folders may give different images one name. ends: where the rows of each table end.
+    groups: int64 [rows], the image of each row, numbered in the order of their first rows.
     """
-    groups: dict[tuple[str, str], list[int]] = {}
-    for row, name in enumerate(names):
-        table = bisect_right(ends, row)
-        # [17] stands for row 17 alone: it is a group of its own
-        image = json.dumps([row]) if name is None or is_shared_name[table] else str(name)
-        groups.setdefault((folders[table], image), []).append(row)
-    return list(map(tuple, groups.values()))
+
+    def __init__(self, groups: np.ndarray) -> None:
+        self._rows = np.argsort(groups, kind="stable")
+        self._starts = np.concatenate([[0], np.cumsum(np.bincount(groups))])
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, number: int) -> list[int]:
+        return self._rows[self._starts[number] : self._starts[number + 1]].tolist()
+
+    def firsts(self) -> np.ndarray:
+        """The first row of each image."""
+        return self._rows[self._starts[:-1]]
+
+
+def _rows_by_image(tables: Sequence[Table], column: str) -> _RowGroups:
+    """The rows of each image; rows that name none stay alone.
+
+    Tables in different folders may give different images one name.
+    """
+    groups = array("q")
+    num_groups = 0
+    by_folder: dict[str, dict[str, int]] = {}
+    for table in tables:
+        group_of = by_folder.setdefault(table.folder, {})
+        # many embedded images may be called by one name, such as image.jpg
+        is_shared_name = column in table.rows.embedded
+        for name in _image_names(table.rows, column):
+            is_alone = name is None or is_shared_name
+            group = num_groups if is_alone else group_of.setdefault(str(name), num_groups)
+            groups.append(group)
+            num_groups += group == num_groups
+    return _RowGroups(np.asarray(groups))
 
 
 def _merge(parts: Iterable[Captions]) -> Captions:

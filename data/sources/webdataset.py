@@ -60,21 +60,22 @@ class ShardSource:
         self._reader = self._open_reader(shards[0])
         # a number among all samples of all shards; of a selection, as often as it says
         self._numbers = np.arange(self._ends[-1])
-        if selection is not None:
-            self._numbers = np.repeat(self._numbers, np.concatenate(selection.times_of(shards)))
         keys: list[str] = []
         repeated: list[str] = []
         for shard in shards:
             index = open_index(shard)
             keys += index.sample_keys()
             repeated += [f"{shard}: {key}" for key in index.repeated_keys()]
+        if selection is not None:
+            self._numbers = np.repeat(self._numbers, np.concatenate(selection.times_of(shards)))
+            keys = list(map(keys.__getitem__, self._numbers.tolist()))
         if repeated:
             logger.warning(
                 f"In {len(repeated):,} samples a member name comes twice, the first in {repeated[0]}; the second is "
                 "a sample of its own, whose key gets a number."
             )
         # shards of different origin repeat keys, and so does a selection that repeats samples
-        self._keys = unique_keys([(keys[number], None) for number in self._numbers])
+        self._keys = unique_keys(keys, [None] * len(keys))
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -85,7 +86,11 @@ class ShardSource:
         sample = self._reader.read(position, arrays=tuple(self._reader.index[position].arrays))
         captions, metadata, _ = self._usable(sample.key, sample.captions, sample.metadata)
         return Pair(
-            key=self._keys[number], image=sample.image, captions=captions, metadata=metadata, arrays=sample.arrays
+            key=self._keys[number].as_py(),
+            image=sample.image,
+            captions=captions,
+            metadata=metadata,
+            arrays=sample.arrays,
         )
 
     def words(self, number: int) -> Words:
@@ -122,7 +127,7 @@ class ShardSource:
 
     def file_of(self, number: int) -> str:
         """The key of the sample."""
-        return self._keys[number]
+        return self._keys[number].as_py()
 
     def fingerprint(self) -> str:
         """Keys and sizes, from the indexes of the shards, and what is selected of them."""
