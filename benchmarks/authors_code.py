@@ -30,8 +30,8 @@ from vlm.errors import UsageError, VlmError
 from vlm.models.towers.pooling import BagOfQueries, SimPool, TokenMap
 from vlm.tensor_types import Tensor
 from vlm.train.objectives.loss_term import LossOptions
-from vlm.train.objectives.objective_registry import LOSS_TERMS
 from vlm.train.run_config import ObjectiveConfig
+from vlm.train.task import LOSS_TERMS
 
 ROWS, SENTENCES, PATCHES, WIDTH = 6, 3, 16, 64
 

@@ -22,7 +22,6 @@ from vlm.cli.main import VERBS, overview, run_verb
 from vlm.data.shards import count_samples, expand_shards
 from vlm.evaluation.evaluation_set import open_evaluation_set
 from vlm.train.history import RunRecord, read_run
-from vlm.train.objectives.objective_registry import ALIASES, LOSS_TERMS
 from vlm.train.presets import PRESETS
 from vlm.train.recipes import (
     RECIPES,
@@ -32,6 +31,7 @@ from vlm.train.recipes import (
     measured_data,
     reference_curve_of_runs,
 )
+from vlm.train.task import ALIASES, LOSS_TERMS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from parts.suite_page import read_records, readme_table, results_page, with_table
@@ -65,7 +65,7 @@ _OBJECTIVES_HEAD = """# Objectives
 
 A run minimises a weighted sum of loss terms: `--objective "clip + 2*caption"`. Each term below is one function with its
 paper; to add one, write a function in `train/objectives/` and a line in `LOSS_TERMS`
-(`train/objectives/objective_registry.py`). A *batch-level* term compares the pairs of the global batch, in blocks of
+(`train/task.py`). A *batch-level* term compares the pairs of the global batch, in blocks of
 `--similarity-block` rows; a *sample-level* term needs no other sample. In both cases the gradient of a batch in
 micro-batches (`--micro-batch`), on any number of processes, is that of the whole batch (`train/step.py`).
 

@@ -286,7 +286,7 @@ def _points(lines: Lines, name: str) -> list[tuple[int, float]]:
 
 def _loss_terms_in(lines: Lines) -> list[str]:
     """The loss terms whose values are on the lines; none if the loss is a single one."""
-    from vlm.train.objectives.objective_registry import LOSS_TERMS
+    from vlm.train.task import LOSS_TERMS
 
     names = [name for name in LOSS_TERMS if _points(lines, name)]
     return names if len(names) > 1 else []

@@ -57,7 +57,6 @@ from vlm.train.feature_cache import keep_locked_features, open_cached_features
 from vlm.train.metrics import FlopCounter
 from vlm.train.objectives.global_contrastive import GlobalAverages, inner_rate_at
 from vlm.train.objectives.loss_term import Inputs, LossOptions, Outputs
-from vlm.train.objectives.objective_registry import FORMER_NAMES, WeightedLossTerm, parse_objective
 from vlm.train.optim import build_optimizer
 from vlm.train.run_config import (
     LoaderConfig,
@@ -71,7 +70,7 @@ from vlm.train.run_config import (
 )
 from vlm.train.state import TrainState
 from vlm.train.step_inputs import InputProvider, check_loss_inputs, needs_ema, open_input_providers
-from vlm.train.task import TrainingTask, build_task, lock_tower
+from vlm.train.task import FORMER_NAMES, TrainingTask, WeightedLossTerm, build_task, lock_tower, parse_objective
 from vlm.train.teacher_views import check_text_embeddings, check_views
 from vlm.train.validation import Validation, keep_features, open_validation
 

@@ -27,11 +27,11 @@ from vlm.tensor_types import Tensor
 from vlm.train.distributed import average_losses, average_unsharded_gradients, clip_gradients, gather_objects
 from vlm.train.objectives.distillation import discard_prototype_statistics, update_prototype_heads
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Inputs, LossOptions, Outputs, clamp_logit_scales
-from vlm.train.objectives.objective_registry import WeightedLossTerm, input_names
 from vlm.train.optim import learning_rate_at, set_learning_rate
 from vlm.train.recovery import SkippedStep, copy_running_stats, record_skipped_step, restore_running_stats, skip_reason
 from vlm.train.run_setup import Session
 from vlm.train.step_inputs import MicroBatchInputs, sample_numbers
+from vlm.train.task import WeightedLossTerm, input_names
 
 LossDict = dict[str, Tensor]
 """Weighted losses by name, of this process; their mean over the processes, summed, is what is minimised."""

@@ -19,10 +19,9 @@ from vlm.tensor_types import Float, Int64, Tensor, UInt8
 from vlm.train.averaging import EMA
 from vlm.train.objectives.global_contrastive import IMAGE_AVERAGE, INNER_RATE, TEXT_AVERAGE, GlobalAverages
 from vlm.train.objectives.loss_term import Inputs
-from vlm.train.objectives.objective_registry import WeightedLossTerm, input_names
 from vlm.train.run_config import TrainConfig
 from vlm.train.state import seed_step
-from vlm.train.task import TrainingTask, takes_embeddings
+from vlm.train.task import TrainingTask, WeightedLossTerm, input_names, takes_embeddings
 
 InputProvider = Callable[[UInt8[Tensor, "B 3 H W"], Sequence[str]], Inputs]
 """Inputs that a model computes from images and captions while training, without gradient."""

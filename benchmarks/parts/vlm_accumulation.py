@@ -14,10 +14,9 @@ from vlm.data.tokenizers import open_tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.models.model import VisionLanguageModel, build_network
 from vlm.train.objectives.loss_term import Inputs, LossOptions
-from vlm.train.objectives.objective_registry import parse_objective
 from vlm.train.run_config import ObjectiveConfig
 from vlm.train.step import MicroBatches, backward_with_gradient_caching
-from vlm.train.task import TrainingTask, build_task
+from vlm.train.task import TrainingTask, build_task, parse_objective
 
 Gradients = dict[str, torch.Tensor]
 SHARED = ("logit_scale", "logit_bias")

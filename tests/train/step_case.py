@@ -18,10 +18,9 @@ from vlm.models.dropout import PerSampleNoise, use_per_sample_dropout
 from vlm.models.model import build_network, enable_padding_trim
 from vlm.train.distributed import apply_fsdp, average_unsharded_gradients, no_gradient_sync, to_full_tensor
 from vlm.train.objectives.loss_term import Inputs, LossOptions, Outputs
-from vlm.train.objectives.objective_registry import parse_objective
 from vlm.train.run_config import ObjectiveConfig
 from vlm.train.step import MicroBatches, backward_with_gradient_caching
-from vlm.train.task import TrainingTask, build_task
+from vlm.train.task import TrainingTask, build_task, parse_objective
 
 CLASSES = 5
 

@@ -7,8 +7,8 @@ import pytest
 
 from vlm.data.synthetic.shapes import SHAPES
 from vlm.errors import UsageError
-from vlm.train.objectives.objective_registry import LOSS_TERMS
 from vlm.train.run import train
+from vlm.train.task import LOSS_TERMS
 
 CAPTIONER = {"architecture": "micro-coca"}
 SETTINGS = {

@@ -9,10 +9,10 @@ from tests.docs_script import is_up_to_date
 from vlm.cli.main import VERBS, split_verb
 from vlm.config import config_differences, from_values, to_toml
 from vlm.errors import UsageError
-from vlm.train.objectives.objective_registry import parse_objective
 from vlm.train.presets import PRESETS
 from vlm.train.recipes import RECIPES, find_recipe, matching_recipe, measured_curves
 from vlm.train.run_config import TrainConfig
+from vlm.train.task import parse_objective
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ import torch
 
 from tests import preloaded
 from tests.train.step_case import Case, undivided
-from vlm.train.objectives.objective_registry import LOSS_TERMS
+from vlm.train.task import LOSS_TERMS
 
 OBJECTIVES = [*LOSS_TERMS, "clip + 2*caption"]
 # a decoder's rows are never cut, see `enable_padding_trim`

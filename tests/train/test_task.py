@@ -13,9 +13,8 @@ from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.models.model import VisionLanguageModel, build_network, model_config
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, LossOptions
-from vlm.train.objectives.objective_registry import LOSS_TERMS, parse_objective
 from vlm.train.run_config import ObjectiveConfig
-from vlm.train.task import OUTPUT_HEADS, TrainingTask, build_task
+from vlm.train.task import LOSS_TERMS, OUTPUT_HEADS, TrainingTask, build_task, parse_objective
 
 SIZE, LENGTH, PAD = 32, 24, 0
 SENTENCES = torch.tensor([[[1, 9, 2, 0], [1, 8, 7, 2]], [[1, 6, 2, 0], [0, 0, 0, 0]], [[1, 5, 4, 2], [1, 3, 2, 0]]])

@@ -15,10 +15,10 @@ from tests import preloaded
 from tests.data.tar_fixture import write_tar
 from tests.train.test_kill import command
 from vlm.errors import VlmError
-from vlm.train.objectives import objective_registry
 from vlm.train.objectives.contrastive import CLIP
 from vlm.train.objectives.loss_term import LossTerm
 from vlm.train.run import train
+from vlm.train.task import LOSS_TERMS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +35,7 @@ def plant(monkeypatch):
             return CLIP.batch_level(outputs, inputs, options) * (factor if is_hit else 1.0)
 
         term = LossTerm(summary="planted", paper="", outputs=CLIP.outputs, inputs=("rows", "same"), batch_level=planted)
-        monkeypatch.setitem(objective_registry.LOSS_TERMS, "planted", term)
+        monkeypatch.setitem(LOSS_TERMS, "planted", term)
 
     return make
 

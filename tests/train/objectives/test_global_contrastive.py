@@ -18,9 +18,9 @@ from vlm.train.objectives.global_contrastive import (
     new_averages,
 )
 from vlm.train.objectives.loss_term import LossOptions
-from vlm.train.objectives.objective_registry import LOSS_TERMS
 from vlm.train.run import train
 from vlm.train.run_config import ObjectiveConfig
+from vlm.train.task import LOSS_TERMS
 
 EPSILON = 1e-14
 
