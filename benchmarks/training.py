@@ -62,6 +62,9 @@ class Arguments:
     allocators: tuple[Literal["default", "raised"], ...] = ("default", "raised")
     """Settings of glibc's allocator, the same on both sides: the defaults, or both thresholds raised."""
 
+    precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32",)
+    """Precisions of the forward pass, the same on both sides, of throughput."""
+
     width: int = 192
     """Width of both towers and of the embedding."""
 
@@ -101,6 +104,7 @@ class Arguments:
             large=self.large,
             split=self.split,
             allocators=self.allocators,
+            precisions=self.precisions,
         )
 
     @property
@@ -156,11 +160,12 @@ def _show(result: dict[str, Any], arguments: Arguments) -> None:
 
 def _show_throughput(rows: list[dict[str, Any]], arguments: Arguments) -> None:
     show_table(
-        ["shards", "allocator", "ours", "open_clip", "× open_clip", "ratio of each run"],
+        ["shards", "allocator", "precision", "ours", "open_clip", "× open_clip", "ratio of each run"],
         [
             [
                 row["shards"],
                 row["allocator"],
+                row["precision"],
                 *(f"{row['samples_per_s'][side]:.1f}" for side in ("ours", "open_clip")),
                 f"{row['ratio']:.2f}",
                 " ".join(

@@ -5,13 +5,14 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from parts.measure_process import BENCH, Side
 from parts.messages import say
-from parts.training_runs import NETWORK, Network, Trainer, TrainerRun, Trainers
+from parts.training_runs import NETWORK, Network, Precision, Trainer, TrainerRun, Trainers
 
 from vlm.errors import VlmError
 
@@ -36,31 +37,38 @@ class Sizes:
     large: int
     split: int
     allocators: tuple[str, ...]
+    precisions: tuple[Precision, ...]
 
 
 def throughput(trainers: Trainers, sizes: Sizes, shards: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """Samples per second of both trainers on each data set, with each allocator setting; the runs alternate."""
-    return [
-        _compare_trainers(trainers, sizes, name=name, shards=found, allocator=allocator)
-        for name, found in shards.items()
-        for allocator in sizes.allocators
-    ]
+    """Samples per second of both trainers on each data set, by allocator setting and precision; the runs alternate."""
+    rows: list[dict[str, Any]] = []
+    for name, found in shards.items():
+        for allocator, precision in product(sizes.allocators, sizes.precisions):
+            run = TrainerRun(
+                shards=tuple(found),
+                batch=sizes.batch,
+                micro=sizes.batch,
+                steps=sizes.steps + 2 * sizes.margin,
+                allocator=allocator,
+                precision=precision,
+            )
+            rows.append({"shards": name} | _compare_trainers(trainers, sizes, name, run))
+    return rows
 
 
-def _compare_trainers(
-    trainers: Trainers, sizes: Sizes, *, name: str, shards: list[str], allocator: str
-) -> dict[str, Any]:
-    steps = sizes.steps + 2 * sizes.margin
-    run = TrainerRun(shards=tuple(shards), batch=sizes.batch, micro=sizes.batch, steps=steps, allocator=allocator)
+def _compare_trainers(trainers: Trainers, sizes: Sizes, name: str, run: TrainerRun) -> dict[str, Any]:
     rates: dict[Trainer, list[float]] = {"ours": [], "open_clip": []}
     for repeat in range(sizes.repeats):
-        say(f"throughput: {name}, allocator {allocator}, run {repeat + 1} of {sizes.repeats} …")
+        settings = f"{name}, allocator {run.allocator}, {run.precision}"
+        say(f"throughput: {settings}, run {repeat + 1} of {sizes.repeats} …")
         for trainer in _in_turn(tuple(rates), repeat):
             each = trainers.measure(trainer, run).samples_per_s[sizes.margin :][: sizes.steps]
             rates[trainer].append(len(each) / sum(1 / rate for rate in each))
     ratios = [one / two for one, two in zip(rates["ours"], rates["open_clip"], strict=True)]
     medians = {side: median(found) for side, found in rates.items()}
-    return {"shards": name, "allocator": allocator, "samples_per_s": medians, "ratio": median(ratios), "runs": rates}
+    found = {"samples_per_s": medians, "ratio": median(ratios), "runs": rates}
+    return {"allocator": run.allocator, "precision": run.precision} | found
 
 
 def memory(trainers: Trainers, sizes: Sizes, shards: list[str]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ ALLOCATORS: dict[str, dict[str, str]] = {
 """Settings of glibc's allocator, always the same on both sides; `raised` keeps memory instead of returning it."""
 
 Trainer = Literal["ours", "open_clip"]
+Precision = Literal["fp32", "bf16"]
 _RATE = re.compile(r"Batch \(t\): \S+ ([0-9.e+]+)/s")
 _POLL_S = 0.1
 
@@ -66,6 +67,7 @@ class TrainerRun:
     micro: int
     steps: int
     allocator: str = "default"
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,16 @@ class Trainers:
 
 def _our_words(run: TrainerRun, folder: Path) -> list[str]:
     return [
-        *("train", NETWORK, "--data", "::".join(run.shards), "--run", str(folder / "run"), "--precision", "fp32"),
+        *(
+            "train",
+            NETWORK,
+            "--data",
+            "::".join(run.shards),
+            "--run",
+            str(folder / "run"),
+            "--precision",
+            run.precision,
+        ),
         *("--batch-size", str(run.batch), "--micro-batch", str(run.micro if run.micro < run.batch else 0)),
         *("--steps", str(run.steps), "--workers", "1", "--log-every", "1", "--grad-clip-norm", "1"),
     ]
@@ -110,7 +121,8 @@ def _our_words(run: TrainerRun, folder: Path) -> list[str]:
 def _their_words(run: TrainerRun, folder: Path) -> list[str]:
     return [
         *("--model", NETWORK, "--train-data", "::".join(run.shards), "--dataset-type", "webdataset"),
-        *("--train-num-samples", str(run.batch * run.steps), "--epochs", "1", "--precision", "fp32"),
+        *("--train-num-samples", str(run.batch * run.steps), "--epochs", "1"),
+        *("--precision", "amp_bf16" if run.precision == "bf16" else "fp32"),
         *("--batch-size", str(run.micro), "--accum-freq", str(run.batch // run.micro), "--workers", "1"),
         *("--warmup", "2000", "--grad-clip-norm", "1", "--log-every-n-steps", "1", "--save-frequency", "0"),
         *("--device", "cpu", "--logs", str(folder), "--name", "run"),

@@ -14,6 +14,7 @@ from vlm.manifest import read_manifest
 from vlm.models.load import load_model
 from vlm.train.run import train
 from vlm.train.run_setup import open_session, prepare_run_folder
+from vlm.train.step import compute_gradients
 
 PAGE_FAULTS = """
 import resource, torch
@@ -48,6 +49,16 @@ def test_settings_of_the_environment_stay():
     is_kept, faults = page_faults(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
     assert is_kept == "False"
     assert platform.libc_ver()[0] != "glibc" or faults > 20 * 8192 / 2
+
+
+@pytest.mark.parametrize(("precision", "is_fused"), [("fp32", True), ("bf16", False)])
+def test_attention_on_a_cpu_is_plain_in_bfloat16(configure, precision, is_fused):
+    session = open_session(configure("run", precision=precision), resume=False)
+    batches = next(session.open_batches())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        compute_gradients(session, batches)
+    names = {event.key for event in profile.key_averages()}
+    assert any("flash_attention" in name for name in names) is is_fused
 
 
 def test_a_run_from_a_file_of_weights_records_it_and_sees_what_they_saw(configure, tmp_path):
