@@ -129,6 +129,8 @@ class SourceOptions:
             ) from error
 
 
+# what nearly all names are: no part of it begins with a dot, and nothing in it may mean something else
+_PLAIN_NAME = re.compile(r"(?:[^/\\:\s.][^/\\:\s]*/)*[^/\\:\s.][^/\\:\s]*")
 _ESCAPES_ROOT = re.compile(r"[/\\]|[a-zA-Z]:[/\\]|[a-zA-Z][\w+.-]*://")
 
 
@@ -173,6 +175,8 @@ class FolderFiles:
         self.url = str(root)
         self.skipped: dict[str, str] = {}
         self._root = root
+        # a text joined to a text takes a tenth of the time of a path, and of the current folder it is empty
+        self._beginning = str(root / "_")[:-1]
 
     def names(self) -> list[str]:
         """Names below the folder; dead links are among them, for whoever reads them to say so."""
@@ -231,13 +235,13 @@ class FolderFiles:
 
     def open(self, name: str) -> BinaryIO:
         """The file."""
-        path = self._root / inner_name(name)
+        path = f"{self._beginning}{inner_name(name)}"
         try:
-            return path.open("rb")
+            return open(path, "rb")
         except FileNotFoundError as error:
-            if path.is_symlink():
-                raise BadSample("dead link", f"{readable_text(str(path))} leads to {os.readlink(path)}") from error
-            raise BadSample("missing file", readable_text(str(path))) from error
+            if os.path.islink(path):
+                raise BadSample("dead link", f"{readable_text(path)} leads to {os.readlink(path)}") from error
+            raise BadSample("missing file", readable_text(path)) from error
         except (OSError, ValueError) as error:
             raise BadSample("unreadable file", readable_text(str(error))) from error
 
@@ -247,7 +251,7 @@ class FolderFiles:
 
     def _size(self, name: str) -> int:
         try:
-            return (self._root / name).stat().st_size
+            return os.stat(f"{self._beginning}{name}").st_size
         except OSError:
             return -1
 
@@ -379,6 +383,8 @@ def inner_name(name: str) -> str:
     Raises:
         BadSample: it leads out of the source: an absolute name, an address, or one with `..`.
     """
+    if _PLAIN_NAME.fullmatch(name):
+        return name
     # a backslash separates only where no slash does: it may be part of a name, and comes from tables made on Windows
     plain = PurePosixPath(name.strip() if "/" in name else name.strip().replace("\\", "/"))
     if _ESCAPES_ROOT.match(name.strip()) or ".." in plain.parts:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import PurePosixPath
 from typing import Any
@@ -46,7 +47,7 @@ class Table:
     rows: Rows = field(repr=False)
     data: bytes = field(default=b"", repr=False)
 
-    @property
+    @cached_property
     def folder(self) -> str:
         """Where the table lies; names in it are tried from there."""
         return folder_of(self.name)
@@ -322,10 +323,12 @@ def unique_keys(given: Sequence[Any], names: Sequence[Any]) -> pa.LargeStringArr
     >>> unique_keys([None, None, "x.y", None], ["a/1.jpg", "b/1.jpg", "c.jpg", "c.d.jpg"]).to_pylist()
     ['a-1', 'b-1', 'x_y', 'c_d']
     """
-    stems: Counter[str] = Counter()
+    # of the names from which a key is made; empty for the others
+    stems: list[str] = []
     for raw, name in zip(given, names, strict=True):
-        if raw is None and name is not None:
-            stems[PurePosixPath(str(name)).stem] += 1
+        is_named = raw is None and name is not None
+        stems.append(PurePosixPath(str(name)).stem if is_named else "")
+    num_with_stem = Counter(stems)
     keys: list[str] = []
     # first come, first served: the same table gives the same keys every time
     taken: set[str] = set()
@@ -335,8 +338,8 @@ def unique_keys(given: Sequence[Any], names: Sequence[Any]) -> pa.LargeStringArr
         elif name is None:
             preferred = f"row-{number + 1}"
         else:
-            path = PurePosixPath(str(name))
-            preferred = path.stem if stems[path.stem] == 1 else str(path.with_suffix(""))
+            stem = stems[number]
+            preferred = stem if num_with_stem[stem] == 1 else str(PurePosixPath(str(name)).with_suffix(""))
         preferred = readable_text(preferred).strip().strip("/")
         # keys are names of tar members, in which a slash would be a folder
         base = _NO_KEY.sub("-", preferred).replace(".", "_") or f"row-{number + 1}"
