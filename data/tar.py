@@ -411,13 +411,26 @@ class _IndexColumns:
 
     def table(self) -> pa.Table:
         """All of them, as they are cached."""
-        columns: dict[str, Any] = {"key": pa.array(self.keys, pa.string())}
+        keys = pa.lib.StringBuilder()
+        keys.append_values(self.keys)
+        columns: list[pa.Array] = [keys.finish()]
         for role in _ROLES:
-            columns[f"{role}_offset"] = pa.array(np.asarray(self._offsets[role]), pa.int64())
-            columns[f"{role}_size"] = pa.array(np.asarray(self._sizes[role]), pa.int64())
-        arrays = [self._arrays.get(number, ()) for number in range(len(self.keys))]
-        columns["arrays"] = pa.array(arrays, _ARRAYS)
-        return pa.table(columns, _SCHEMA)
+            columns += (_integers(self._offsets[role]), _integers(self._sizes[role]))
+        columns.append(self._stored_arrays())
+        return pa.Table.from_arrays(columns, schema=_SCHEMA)
+
+    def _stored_arrays(self) -> pa.Array:
+        if self._arrays:
+            return pa.array([self._arrays.get(number, ()) for number in range(len(self.keys))], _ARRAYS)
+        return pa.ListArray.from_arrays(
+            _integers(array("i", bytes(4 * len(self.keys) + 4))), pa.nulls(0, _ARRAYS.value_type)
+        )
+
+
+def _integers(numbers: array) -> pa.Array:
+    # pa.array would import pandas where it is installed, which takes half a second and 30 MB
+    kind = pa.int64() if numbers.itemsize == 8 else pa.int32()
+    return pa.Array.from_buffers(kind, len(numbers), [None, pa.py_buffer(numbers)])
 
 
 def _content_fingerprint(table: pa.Table) -> str:

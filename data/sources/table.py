@@ -313,7 +313,7 @@ def names_files(table: Table, files: SourceFiles, options: SourceOptions, *, tri
     return False
 
 
-def unique_keys(given: Sequence[Any], names: Sequence[Any]) -> pa.LargeStringArray:
+def unique_keys(given: Sequence[Any], names: Sequence[Any]) -> pa.StringArray:
     """Keys from those given and the names of the images: the key, else the stem of the name, else number in the table.
 
     Dots become underscores, for a WebDataset key ends at its first dot. Stems that occur twice get the names of
@@ -329,7 +329,7 @@ def unique_keys(given: Sequence[Any], names: Sequence[Any]) -> pa.LargeStringArr
         is_named = raw is None and name is not None
         stems.append(PurePosixPath(str(name)).stem if is_named else "")
     num_with_stem = Counter(stems)
-    keys: list[str] = []
+    keys = pa.lib.StringBuilder()
     # first come, first served: the same table gives the same keys every time
     taken: set[str] = set()
     for number, (raw, name) in enumerate(zip(given, names, strict=True)):
@@ -350,10 +350,10 @@ def unique_keys(given: Sequence[Any], names: Sequence[Any]) -> pa.LargeStringArr
             key = f"{base}-{attempt}"
         taken.add(key)
         keys.append(key)
-    return pa.array(keys, pa.large_string())
+    return keys.finish()
 
 
-def unique_image_keys(names: Sequence[str]) -> pa.LargeStringArray:
+def unique_image_keys(names: Sequence[str]) -> pa.StringArray:
     """Keys from the names of images alone."""
     return unique_keys([None] * len(names), names)
 

@@ -14,6 +14,7 @@ import re
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from itertools import accumulate
@@ -21,6 +22,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 from uuid import UUID
 
+import numpy as np
 import pyarrow as pa
 
 from vlm.data.sources.source import is_image_name, is_web_address
@@ -643,23 +645,24 @@ def _is_exact_float(text: str) -> bool:
     return _DECIMAL.fullmatch(text) is not None and len(text.partition(".")[0]) <= 15
 
 
-def _converted(texts: Sequence[str | None], convert: Callable[[str], int | float]) -> list[int | float | None]:
-    """Numbers, None where a cell is empty."""
-    return [convert(text) if text else None for text in texts]
-
-
 def _typed(texts: Sequence[str | None]) -> pa.Array:
     """A column as whole numbers or floats if each of its values is one; as text otherwise."""
     values = list(filter(None, texts))
     if values and all(map(_WHOLE.fullmatch, values)):
-        numbers = _converted(texts, int)
         # ids are often unsigned hashes; what 64 bits do not hold stays text
         for kind in (pa.int64(), pa.uint64()):
-            try:
-                return pa.array(numbers, kind)
-            except (pa.ArrowInvalid, OverflowError):
-                continue
-        return pa.array(texts, pa.string())
-    if values and all(map(_is_exact_float, values)):
-        return pa.array(_converted(texts, float), pa.float64())
-    return pa.array(texts, pa.string())
+            with suppress(OverflowError):
+                return _numbers(texts, int, kind)
+    elif values and all(map(_is_exact_float, values)):
+        return _numbers(texts, float, pa.float64())
+    builder = pa.lib.StringBuilder()
+    builder.append_values(texts)
+    return builder.finish()
+
+
+def _numbers(texts: Sequence[str | None], convert: Callable[[str], int | float], kind: pa.DataType) -> pa.Array:
+    """Numbers, null where a cell is empty; OverflowError where the type does not hold one."""
+    # not by pa.array, which imports pandas where it is installed: half a second and 30 MB
+    numbers = np.array([convert(text) if text else 0 for text in texts], kind.to_pandas_dtype())
+    is_filled = np.packbits(np.fromiter(map(bool, texts), bool, len(texts)), bitorder="little")
+    return pa.Array.from_buffers(kind, len(texts), [pa.py_buffer(is_filled), pa.py_buffer(numbers)])
