@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from vlm.data.decode import open_image, to_rgb, upright_size
+from vlm.files import content_digest
 
 SIDE = 32
 COLOUR_SIDE = 8
@@ -466,7 +467,7 @@ def reencoded_pairs(thumbnails: np.ndarray) -> Iterator[tuple[int, int]]:
     """
     first_of: dict[bytes, int] = {}
     for row, thumbnail in enumerate(thumbnails):
-        first = first_of.setdefault(thumbnail.tobytes(), row)
+        first = first_of.setdefault(content_digest(thumbnail.tobytes()), row)
         if first != row:
             yield first, row
 
