@@ -33,6 +33,7 @@ from vlm.index.ann.faiss_search import (
     find_gpu,
     load_faiss,
     make_search_function,
+    map_index,
     num_candidates,
     rerank,
     search_parameters,
@@ -278,7 +279,8 @@ class SegmentReader:
         if meta.duplicates:
             table = open_array(folder / meta.duplicates_file, np.dtype(np.int64), (meta.duplicates, 2))
             self.duplicates = DuplicateRows(table)
-        self.index = _read_index(folder / meta.index_file, meta, dimension)
+        self._path = folder / meta.index_file
+        self.index = _read_index(self._path, meta, dimension, has_array_lists=INDEX_TYPES[meta.kind].has_array_lists)
         self.faiss_search = make_search_function(self.index)
         self.is_approximate = INDEX_TYPES[meta.kind].effort is not None
         # in a new index position and row are the same: rows ascend from 0, so the last one proves it
@@ -292,8 +294,9 @@ class SegmentReader:
         reason = gpu_unsupported_reason(self.index)
         if not reason and self.on_gpu is None:
             try:
-                self.on_gpu = copy(self.index)
-            except RuntimeError as error:  # raised by CUDA, mostly out of memory
+                # with lists in memory, which are those that FAISS copies
+                self.on_gpu = copy(_read_index(self._path, self.meta, self.index.d, has_array_lists=False))
+            except (RuntimeError, FileNotFoundError) as error:  # raised by CUDA, mostly out of memory
                 reason = f"it cannot be copied there: {str(error).splitlines()[0]}"
         return reason
 
@@ -331,13 +334,12 @@ class SegmentReader:
         return min(limit, ceil(self.meta.parameters[name] / share))
 
 
-def _read_index(path: Path, meta: Segment, dimension: int) -> "faiss.Index":
-    """The FAISS index, memory-mapped where this build of FAISS can."""
-    faiss = load_faiss()
+def _read_index(path: Path, meta: Segment, dimension: int, *, has_array_lists: bool) -> "faiss.Index":
+    """The FAISS index, memory-mapped as of `map_index`."""
     if not path.is_file():
         raise FileNotFoundError(2, "No such file or directory", str(path))
     try:
-        index = faiss.read_index(str(path), getattr(faiss, "IO_FLAG_MMAP_IFC", 0))
+        index = map_index(str(path), has_array_lists=has_array_lists)
     except RuntimeError as error:
         raise VlmError(f"{path} is damaged ({error}); {REBUILD_HINT}.") from error
     if index.ntotal != meta.rows or index.d != dimension:

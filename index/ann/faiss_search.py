@@ -64,6 +64,25 @@ def unwrap_transforms(index: "faiss.Index") -> Any:
     return unwrap_transforms(inner.index) if isinstance(inner, faiss.IndexPreTransform) else inner
 
 
+def map_index(path: str, *, has_array_lists: bool = False) -> "faiss.Index":
+    """The FAISS index of a file, whose rows are memory-mapped where this build of FAISS can.
+
+    has_array_lists: it has lists, each an array of rows or codes. FAISS 1.15 maps any index after it has set as much
+        memory to zero, 36 ms for 2 GB; what it has for lists on disk takes 6.
+
+    Raises:
+        RuntimeError: FAISS cannot read it.
+    """
+    faiss = load_faiss()
+    if not has_array_lists or sys.platform == "win32":
+        return faiss.read_index(path, getattr(faiss, "IO_FLAG_MMAP_IFC", 0))
+    index = faiss.read_index(path, faiss.IO_FLAG_MMAP)
+    lists = faiss.downcast_InvertedLists(unwrap_transforms(index).invlists)
+    # or each search would start 32 threads that read its lists before it does
+    lists.prefetch_nthread = 0
+    return index
+
+
 def to_float32(rows: Float[Array, "*shape"]) -> Float32[Array, "*shape"]:
     """The same numbers; exact, for float32 holds every float16.
 

@@ -107,6 +107,7 @@ class IndexType:
     train: trains the empty index and sets its search parameters; with a GPU at hand it may learn there.
     tunable: the fields of `TuningParams` it uses besides the seed.
     effort: the parameter that trades latency for recall and can change after the build; None: there is none.
+    has_array_lists: as of `faiss_search.map_index`.
     """
 
     name: str
@@ -118,6 +119,7 @@ class IndexType:
     train: Callable[["faiss.Index", TrainingRows, Mapping[str, int], CopyToGpu | None], None] = _train_nothing
     tunable: tuple[str, ...] = ()
     effort: str | None = None
+    has_array_lists: bool = False
 
     def parameters_for(self, num_rows: int, tuning: TuningParams) -> dict[str, int]:
         """All numbers of an index of so many rows.
@@ -460,6 +462,8 @@ def _ivf_type(
         num_distances=lambda rows, parameters: parameters["nlist"] + parameters["nprobe"] * rows / parameters["nlist"],
         tunable=("nlist", "nprobe", "rerank") if rerank else ("nlist", "nprobe"),
         effort="nprobe",
+        # those of ivfpq are blocks
+        has_array_lists=name != "ivfpq",
     )
 
 

@@ -1,11 +1,20 @@
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from vlm.errors import UsageError, VlmError
-from vlm.index.ann.faiss_search import CopyToGpu, effort_limit, load_faiss, num_candidates, rerank, search_parameters
+from vlm.index.ann.faiss_search import (
+    CopyToGpu,
+    effort_limit,
+    load_faiss,
+    map_index,
+    num_candidates,
+    rerank,
+    search_parameters,
+)
 from vlm.index.ann.index_types import INDEX_TYPES, TuningParams, fill_index, resolve_index_type
 from vlm.index.embeddings_folder import normalize_rows
 
@@ -130,6 +139,25 @@ def test_an_index_that_is_filled_with_its_memory_reserved_has_the_bytes_of_one_t
         faiss.omp_set_num_threads(threads)
     assert reserved.ntotal == len(vectors)
     np.testing.assert_array_equal(faiss.serialize_index(grown), faiss.serialize_index(reserved))
+
+
+@pytest.mark.parametrize("kind", list(INDEX_TYPES))
+def test_an_index_that_is_mapped_finds_what_it_finds_in_memory(kind: str, vectors: np.ndarray, tmp_path: Path) -> None:
+    index = filled(kind, vectors).index
+    load_faiss().write_index(index, str(tmp_path / "i.faiss"))
+    mapped: Any = map_index(str(tmp_path / "i.faiss"), has_array_lists=INDEX_TYPES[kind].has_array_lists)
+    # what is open may be removed
+    (tmp_path / "i.faiss").unlink()
+    for found, expected in zip(mapped.search(vectors[:20], 5), index.search(vectors[:20], 5), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_lists_that_do_not_lie_within_their_file_are_refused(vectors: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "i.faiss"
+    load_faiss().write_index(filled("ivf", vectors).index, str(path))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RuntimeError, match="exceeds mapped file size"):
+        map_index(str(path), has_array_lists=True)
 
 
 @pytest.mark.parametrize("kind", list(INDEX_TYPES))
