@@ -113,6 +113,8 @@ class EncodedImage:
 
     def reduction_of(self, pixels: UInt8[Array, "H W 3"]) -> int:
         """Pixels of the image to one of these that were decoded from it: 1, 2, 4 or 8."""
+        if self.width == pixels.shape[1]:
+            return 1
         # the last row and column of a reduced JPEG reach over the edge, so the sizes do not divide
         return round(max(self.width, self.height) / max(pixels.shape[:2]))
 

@@ -102,6 +102,13 @@ class SampleOrder:
 
     def locate(self, positions: Sequence[int]) -> list[SampleIndex]:
         """The visits at the given positions."""
+        # a batch lies in one window nearly always: which one need not be asked for each of its positions
+        if isinstance(positions, range) and positions.step == 1 and positions:
+            window = self._window_of(positions[0])
+            if window == self._window_of(positions[-1]):
+                epoch, window_start = window
+                first = positions[0] % self.num_samples - window_start
+                return self._visits_in_window(epoch, window_start, range(first, first + len(positions)))
         sample_indices: list[SampleIndex] = []
         for (epoch, window_start), window_positions in groupby(positions, self._window_of):
             offsets = [position % self.num_samples - window_start for position in window_positions]
@@ -144,7 +151,7 @@ class SampleOrder:
         epoch, offset = divmod(position, self.num_samples)
         return epoch, offset - offset % self.window
 
-    def _visits_in_window(self, epoch: int, window_start: int, offsets: list[int]) -> list[SampleIndex]:
+    def _visits_in_window(self, epoch: int, window_start: int, offsets: Sequence[int]) -> list[SampleIndex]:
         """The visits at these offsets from the beginning of a window."""
         # second level: where in the epoch, its shards one after the other, the shuffled window points
         places = self._window_permutation(epoch, window_start)[offsets] + np.int64(window_start)
@@ -153,6 +160,8 @@ class SampleOrder:
         slots = starts.searchsorted(places, "right") - 1
         visits = places - starts[slots]
         pairs = zip(shards[slots].tolist(), visits.tolist(), strict=True)
+        if self.times is None:
+            return [SampleIndex(epoch, shard, visit) for shard, visit in pairs]
         return [self._sample_index(epoch, shard, visit) for shard, visit in pairs]
 
     def _sample_index(self, epoch: int, shard: int, visit: int) -> SampleIndex:

@@ -293,7 +293,9 @@ class ShardSet:
 
     def _reader(self, shard: int) -> ShardReader:
         # taken out and put back at the end: the dictionary is ordered by last use
-        reader = self._open.pop(shard, None) or ShardReader(self.shards[shard], self.cache)
+        reader = self._open.pop(shard, None)
+        if reader is None:  # not by its truth, for which Python would ask for its length
+            reader = ShardReader(self.shards[shard], self.cache)
         self._open[shard] = reader
         if len(self._open) > _MAX_OPEN_SHARDS:
             self._open.pop(next(iter(self._open))).close()

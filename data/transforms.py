@@ -162,6 +162,10 @@ class RandomResizedCrop:
         random = rng.random
         low, span = self._log_ratio
         min_scale, max_scale = self.scale
+        scale_span = max_scale - min_scale
+        # what is as wide or as high does not fit, whichever way it is rounded
+        widest = (width + 0.75) ** 2
+        highest = (height + 0.75) ** 2
         # ten tries, then the centre, as torchvision's RandomResizedCrop does
         for _ in range(10):
             # four numbers for every try, in this order: with another one a seed would give other views
@@ -169,8 +173,10 @@ class RandomResizedCrop:
             shape = random()
             across = random()
             down = random()
-            area = width * height * (min_scale + share * (max_scale - min_scale))
+            area = width * height * (min_scale + share * scale_span)
             aspect = exp(low + shape * span)  # uniform in the logarithm, so that wide is as likely as tall
+            if area * aspect > widest or area / aspect > highest:
+                continue
             crop_width = round(sqrt(area * aspect))
             crop_height = round(sqrt(area / aspect))
             if 0 < crop_width <= width and 0 < crop_height <= height:
