@@ -150,7 +150,7 @@ class _SharedBatch(Generic[BatchT]):
 class _Batches(IterableDataset[Any], Generic[BatchT]):
     """The batches of some numbers; of several processes each makes those that are its turn.
 
-    threads: of each process. shards: those that this process reads by its main thread.
+    threads: of each process. shards: those that a process reads without threads.
     """
 
     plan: BatchPlan
@@ -164,23 +164,22 @@ class _Batches(IterableDataset[Any], Generic[BatchT]):
     def __iter__(self) -> "Iterator[BatchT | _SharedBatch[BatchT] | _WorkerError]":
         worker = get_worker_info()
         own = self.numbers
-        self._of_thread.shards = self.shards
         if worker is not None:
             own = own[worker.id :: worker.num_workers]
             self.shards.worker = worker.id
         if worker is None or self.threads < 2:
-            return (self._make(self.plan[number]) for number in own)
+            return (self._make(self.plan[number], self.shards) for number in own)
         return self._make_by_threads(own)
 
     def _make_by_threads(self, numbers: range) -> "Iterator[BatchT | _SharedBatch[BatchT] | _WorkerError]":
         # the first one alone: what is made when it is first needed (tables, settings of a tokenizer) is made once
         for number in numbers[:1]:
-            yield self._make(self.plan[number])
+            yield self._make(self.plan[number], self.shards)
         pending: deque[Future[Any]] = deque()
         pool = ThreadPoolExecutor(self.threads, "batches", self._init_thread)
         try:
             for number in numbers[1:]:
-                pending.append(pool.submit(self._make, self.plan[number]))
+                pending.append(pool.submit(self._make_in_thread, self.plan[number]))
                 if len(pending) > self.threads:
                     yield pending.popleft().result()
             while pending:
@@ -198,8 +197,12 @@ class _Batches(IterableDataset[Any], Generic[BatchT]):
         shards.worker = self.shards.worker
         self._of_thread.shards = shards
 
-    def _make(self, sample_indices: list[SampleIndex]) -> "BatchT | _SharedBatch[BatchT] | _WorkerError":
-        shards: _WorkerShards = self._of_thread.shards
+    def _make_in_thread(self, sample_indices: list[SampleIndex]) -> "BatchT | _SharedBatch[BatchT] | _WorkerError":
+        return self._make(sample_indices, self._of_thread.shards)
+
+    def _make(
+        self, sample_indices: list[SampleIndex], shards: _WorkerShards
+    ) -> "BatchT | _SharedBatch[BatchT] | _WorkerError":
         try:
             batch = self.collate(sample_indices, shards)
         except VlmError as error:
