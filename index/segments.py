@@ -17,7 +17,7 @@ The search plan, which never returns fewer results than there are:
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import ceil, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -41,7 +41,7 @@ from vlm.index.ann.faiss_search import (
     to_float32,
 )
 from vlm.index.ann.gpu import MAX_GPU_RESULTS, gpu_unsupported_reason
-from vlm.index.ann.index_types import INDEX_TYPES, TuningParams, fill_index
+from vlm.index.ann.index_types import INDEX_TYPES, IndexType, TuningParams, fill_index
 from vlm.index.embeddings_folder import Embeddings, find_non_unit_rows, normalize_rows, open_vectors
 from vlm.index.engine_base import ScoredRows
 from vlm.index.index_files import REBUILD_HINT, FailPoint, Segment, no_failpoint, segment_file
@@ -74,14 +74,15 @@ class Vectors:
         """D."""
         return self.stored.shape[1]
 
-    def blocks(self, rows_at_once: int = _ROWS_AT_ONCE) -> Iterator[Float32[Array, "N D"]]:
-        """All rows in order, read from the file: pages that are mapped count as memory of this process."""
+    def blocks(self, rows_at_once: int = _ROWS_AT_ONCE, *, is_rounded: bool = False) -> Iterator[Float32[Array, "N D"]]:
+        """All rows in order, of unit length, or `is_rounded`, of the length that float16 gave them."""
+        # not by the map: pages that are mapped count as memory of this process
         with self.path.open("rb") as file:
             np.lib.format.read_magic(file)
             np.lib.format.read_array_header_1_0(file)
             for first in range(0, len(self), rows_at_once):
                 # not kept by a name of this generator, so that there are never two blocks
-                yield _read_units(file, (min(rows_at_once, len(self) - first), self.dimension))
+                yield _read_rows(file, (min(rows_at_once, len(self) - first), self.dimension), is_rounded=is_rounded)
 
     def take(self, positions: Int64[Array, " N"]) -> Float32[Array, "N D"]:
         """The rows at the given positions."""
@@ -100,13 +101,14 @@ class Vectors:
 _CONVERTED_AT_ONCE = 4096
 
 
-def _read_units(file: BinaryIO, shape: tuple[int, int]) -> Float32[Array, "N D"]:
-    """The next float16 rows of a file as float32 of unit length."""
-    units = np.empty(shape, np.float32)
-    for first in range(0, len(units), _CONVERTED_AT_ONCE):
-        block = units[first : first + _CONVERTED_AT_ONCE]
-        block[:] = normalize_rows(to_float32(np.fromfile(file, np.float16, block.size).reshape(block.shape)))
-    return units
+def _read_rows(file: BinaryIO, shape: tuple[int, int], *, is_rounded: bool) -> Float32[Array, "N D"]:
+    """The next float16 rows of a file as float32, of unit length unless they stay rounded."""
+    rows = np.empty(shape, np.float32)
+    for first in range(0, len(rows), _CONVERTED_AT_ONCE):
+        block = rows[first : first + _CONVERTED_AT_ONCE]
+        stored = to_float32(np.fromfile(file, np.float16, block.size).reshape(block.shape))
+        block[:] = stored if is_rounded else normalize_rows(stored)
+    return rows
 
 
 def _units(stored: Float16[Array, "N D"], positions: Int64[Array, " M"] | None = None) -> Float32[Array, "_ D"]:
@@ -200,7 +202,7 @@ def write_segment(
     # that it reads count as memory until they are unmapped
     prepared = INDEX_TYPES[kind](Vectors(vectors_path, len(rows), dimension), tuning, gpu)
     duplicates = find_duplicate_rows(Vectors(vectors_path, len(rows), dimension).stored)
-    _add_all(prepared.index, Vectors(vectors_path, len(rows), dimension), gpu)
+    _add_all(prepared.index, INDEX_TYPES[kind], Vectors(vectors_path, len(rows), dimension), gpu)
     segment = Segment(
         number=number,
         kind=kind,
@@ -255,17 +257,19 @@ def check_lengths(block: Float[Array, "N D"], first_row: int) -> None:
         )
 
 
-def _add_all(index: "faiss.Index", vectors: Vectors, gpu: CopyToGpu | None) -> None:
+def _add_all(index: "faiss.Index", kind: IndexType, vectors: Vectors, gpu: CopyToGpu | None) -> None:
     is_long = len(vectors) >= _MIN_ROWS_FOR_PROGRESS
+    # float16 rows made unit vectors and rounded again would not always be the same float16 rows
+    blocks = partial(vectors.blocks, is_rounded=kind.keeps_float16)
     with progress(total=len(vectors), what="index", unit=" rows", is_shown=is_long) as bar:
-        for count in fill_index(index, vectors.blocks, len(vectors), gpu):
+        for count in fill_index(index, blocks, len(vectors), gpu):
             bar.update(count)
 
 
 class SegmentReader:
     """A segment open for reading; its files may be unlinked meanwhile.
 
-    faiss_search: searches the CPU index without a filter. is_approximate: a search reads only some of the rows.
+    faiss_search: searches the CPU index. is_approximate: a search reads only some of the rows.
     on_gpu: a copy of the FAISS index there, which answers searches without a filter; None: there is none.
     """
 
@@ -497,7 +501,7 @@ class SegmentView:
         # both corrections multiply: fewer rows allowed, and more results wanted
         effort = segment.effort(self.count / len(segment) / depth)
         parameters = search_parameters(segment.index, selector=selector, effort=effort)
-        return segment.index.search(queries, top, params=parameters)
+        return segment.faiss_search(queries, top, parameters)
 
 
 def nearest(

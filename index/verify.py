@@ -196,7 +196,7 @@ def _distance_faults(segment: SegmentReader, positions: Int64[Array, " N"]) -> I
     meta = segment.meta
     queries = normalize_rows(segment.vectors.stored[positions])
     top = min(len(segment), _NEIGHBOURS * max(1, meta.rerank))
-    scores, neighbours = segment.index.search(queries, top)
+    scores, neighbours = segment.faiss_search(queries, top)
     # scores of codes are approximate, but a row should be among the nearest to itself
     if meta.rerank:
         share = float((neighbours == positions[:, None]).any(axis=1).mean())

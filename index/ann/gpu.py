@@ -62,6 +62,8 @@ def gpu_unsupported_reason(index: "faiss.Index") -> str:
     """Why FAISS cannot search this index on a GPU; empty if it can."""
     faiss = load_faiss()
     inner = faiss.downcast_index(index)
+    if isinstance(inner, faiss.IndexIDMap):
+        inner = unwrap_transforms(inner)
     if isinstance(inner, faiss.IndexFlat):
         return ""
     if not isinstance(inner, faiss.IndexIVFFlat | faiss.IndexIVFScalarQuantizer):

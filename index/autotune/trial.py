@@ -19,8 +19,15 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from vlm.errors import UsageError
-from vlm.index.ann.faiss_search import effort_limit, load_faiss, num_candidates, rerank, search_parameters
-from vlm.index.ann.index_types import INDEX_TYPES, MAX_EF, MIN_LISTS, MIN_ROWS_PER_LIST, TuningParams
+from vlm.index.ann.faiss_search import (
+    effort_limit,
+    load_faiss,
+    make_search_function,
+    num_candidates,
+    rerank,
+    search_parameters,
+)
+from vlm.index.ann.index_types import INDEX_TYPES, MAX_EF, MIN_LISTS, MIN_ROWS_PER_LIST, TuningParams, fill_index
 from vlm.index.autotune.query_sampling import SHOWN, QuerySet, SampledRows, lower_bound, mean_recalls, per_query_recall
 from vlm.index.autotune.search_params import SearchParams, candidate_params, minimize_params
 from vlm.tensor_types import Array, Float, Float32
@@ -237,7 +244,9 @@ class TrialIndex:
         prepared = self.kind(rows, candidate.tuning_params(len(rows), seed=seed))
         self.index: Any = prepared.index
         # on the CPU even where there is a GPU: latencies are to be those of searches, which run there
-        self.index.add(rows.vectors)
+        for _ in fill_index(self.index, lambda: [rows.vectors], len(rows), None):
+            pass
+        self.search = make_search_function(self.index)
         self.build_seconds = time.perf_counter() - started
         self.parameters = prepared.parameters
         self.is_reranked = prepared.rerank > 0
@@ -351,7 +360,7 @@ class Searcher:
     """Searches a trial's index with fixed parameters, so that FAISS's parameter object is made once."""
 
     def __init__(self, built: TrialIndex, search_params: SearchParams, top: int) -> None:
-        self._index = built.index
+        self._search = built.search
         self._stored = built.rows.stored
         self._search_params = search_params
         self._top = min(top, len(built.rows))
@@ -361,7 +370,7 @@ class Searcher:
         """Exact cosines of the rows found, best first, -inf where too few were found."""
         factor = self._search_params.rerank
         candidates = min(num_candidates(self._top, factor), len(self._stored))
-        scores, positions = self._index.search(queries, candidates, params=self._parameters)
+        scores, positions = self._search(queries, candidates, self._parameters)
         if factor:
             return rerank(self._stored, queries, positions, self._top)[0]
         return np.where(positions < 0, np.float32(-np.inf), scores)

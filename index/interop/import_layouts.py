@@ -22,9 +22,9 @@ from vlm.config import suggest
 from vlm.data.samples import Captions
 from vlm.data.sources.table_rows import exact_value
 from vlm.errors import UsageError, VlmError
-from vlm.index.ann.faiss_search import load_faiss
+from vlm.index.ann.faiss_search import load_faiss, unwrap_transforms
 from vlm.index.embeddings_folder import PARTS_JSONL, Modality, Origin
-from vlm.tensor_types import Array, Float, Float32
+from vlm.tensor_types import Array, Float, Float32, Int64
 
 ORIGIN = tuple(field.name for field in fields(Origin))
 EMBEDDING = "embedding"
@@ -224,11 +224,15 @@ _KEEPS_VECTORS = re.compile(r"Flat(IP|L2)?$")
 
 @dataclass(frozen=True, eq=False)
 class FaissRows:
-    """The rows of a FAISS file, reconstructed; row i is the vector of id i. kind: FAISS's class of the index."""
+    """The rows of a FAISS file, reconstructed; row i is the vector of id i.
+
+    kind: FAISS's class of the index. places: where the index holds each row; None: in order.
+    """
 
     path: Path
     kind: str
     index: Any
+    places: Int64[Array, " N"] | None = None
 
     def __len__(self) -> int:
         return self.index.ntotal
@@ -240,7 +244,10 @@ class FaissRows:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the index stores vectors, not codes of them."""
+        """Whether the index stores vectors, if only in float16, not codes of them."""
+        graph = unwrap_transforms(self.index)
+        if isinstance(graph, load_faiss().IndexHNSWSQ):
+            return load_faiss().downcast_index(graph.storage).sq.qtype == load_faiss().ScalarQuantizer.QT_fp16
         return bool(_KEEPS_VECTORS.search(self.kind))
 
     def rows(self, first: int, last: int) -> Float32[Array, "N D"]:
@@ -250,6 +257,8 @@ class FaissRows:
             VlmError: the index cannot give them.
         """
         try:
+            if self.places is not None:
+                return unwrap_transforms(self.index).reconstruct_batch(self.places[first:last])
             return self.index.reconstruct_batch(np.arange(first, last))
         except RuntimeError as error:
             raise VlmError(
@@ -273,7 +282,14 @@ def open_faiss(path: Path) -> FaissRows:
             inverted.make_direct_map()
     except RuntimeError as error:
         raise VlmError(f"{path} cannot be read as a FAISS index ({_last_line(error)}).") from error
-    return FaissRows(path, type(faiss.downcast_index(index)).__name__, index)
+    outer = faiss.downcast_index(index)
+    if isinstance(outer, faiss.IndexIDMap):
+        ids = faiss.vector_to_array(outer.id_map)
+        places = np.argsort(ids)
+        # its rows in another order: each number is the id of one
+        if np.array_equal(ids[places], np.arange(len(ids))):
+            return FaissRows(path, type(unwrap_transforms(outer)).__name__, index, places)
+    return FaissRows(path, type(outer).__name__, index)
 
 
 def _last_line(error: RuntimeError) -> str:

@@ -9,11 +9,14 @@ from vlm.errors import UsageError, VlmError
 from vlm.index.ann.faiss_search import (
     CopyToGpu,
     effort_limit,
+    graph_rows,
     load_faiss,
+    make_search_function,
     map_index,
     num_candidates,
     rerank,
     search_parameters,
+    unwrap_transforms,
 )
 from vlm.index.ann.index_types import INDEX_TYPES, TuningParams, fill_index, resolve_index_type
 from vlm.index.embeddings_folder import normalize_rows
@@ -41,13 +44,23 @@ def filled(kind: str, vectors: np.ndarray, gpu: CopyToGpu | None = None, /, **wi
     rows = RandomRows(len(vectors), vectors.shape[1])
     rows.sample = lambda count, *, seed: vectors[:count]  # pyright: ignore[reportAttributeAccessIssue]
     prepared = INDEX_TYPES[kind](rows, TuningParams(**wishes), gpu)
-    prepared.index.add(vectors)  # pyright: ignore[reportCallIssue]
+    assert list(fill_index(prepared.index, lambda: [vectors], len(vectors), None)) == [len(vectors)]
     return prepared
+
+
+def search_of(index: Any, queries: np.ndarray, top: int, parameters: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and positions of one search."""
+    return make_search_function(index)(queries, top, parameters)
 
 
 def blocks_of(vectors: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
     """The rows cut into blocks."""
     return np.split(vectors, np.cumsum(sizes)[:-1])
+
+
+def without_order(index: Any) -> Any:
+    """An index, of a graph without the order of its rows: FAISS adds none to an index with ids."""
+    return unwrap_transforms(index) if isinstance(index, load_faiss().IndexIDMap) else index
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +124,13 @@ def test_with_all_effort_and_reranking_every_kind_gives_what_a_scan_gives(kind: 
     prepared, queries = filled(kind, vectors), RandomRows(20, 16).sample(20, seed=8)
     parameters = search_parameters(prepared.index, effort=effort_limit(prepared.index))
     wanted = 10 * (60 if prepared.rerank else 1)
-    scores, positions = prepared.index.search(queries, wanted, params=parameters)
+    scores, positions = search_of(prepared.index, queries, wanted, parameters)
     if prepared.rerank:
         scores, positions = rerank(vectors.astype(np.float16), queries, positions, 10)
     exact = np.sort(queries @ vectors.T, axis=1)[:, :-11:-1]
+    if kind == "hnsw":
+        # its rows are those that the index folder stores
+        exact = np.sort(queries @ normalize_rows(vectors.astype(np.float16).astype(np.float32)).T, axis=1)[:, :-11:-1]
     np.testing.assert_allclose(scores, exact, atol=1e-3 if prepared.rerank else 1e-6)
     np.testing.assert_allclose(np.einsum("qd,qkd->qk", queries, vectors[positions]), exact, atol=1e-3)
 
@@ -128,7 +144,8 @@ def test_an_index_that_is_filled_with_its_memory_reserved_has_the_bytes_of_one_t
     # a graph built by several threads is not reproducible
     faiss.omp_set_num_threads(1)
     try:
-        grown, reserved = filled(kind, vectors[:1000]).index, filled(kind, vectors[:1000]).index
+        first, second = filled(kind, vectors[:1000]).index, filled(kind, vectors[:1000]).index
+        grown, reserved = without_order(first), without_order(second)
         grown.reset()
         reserved.reset()
         blocks = blocks_of(vectors, [700, 1, 1299])
@@ -139,6 +156,42 @@ def test_an_index_that_is_filled_with_its_memory_reserved_has_the_bytes_of_one_t
         faiss.omp_set_num_threads(threads)
     assert reserved.ntotal == len(vectors)
     np.testing.assert_array_equal(faiss.serialize_index(grown), faiss.serialize_index(reserved))
+
+
+def mean_link_length(graph: Any) -> float:
+    """Rows between two that are linked, on average."""
+    links = load_faiss().vector_to_array(graph.hnsw.neighbors)
+    begins = load_faiss().vector_to_array(graph.hnsw.offsets)[:-1].astype(np.int64)
+    linked = links[begins[:, None] + np.arange(graph.hnsw.nb_neighbors(0))]
+    lengths = np.abs(linked - np.arange(len(linked))[:, None])
+    return float(lengths[linked >= 0].mean())
+
+
+def test_a_graph_holds_the_rows_as_stored_with_linked_ones_near_each_other() -> None:
+    # 100 clusters, whose rows lie all over the index
+    generator = np.random.default_rng(3)
+    centres = generator.standard_normal((100, 16)).astype(np.float32)
+    vectors = normalize_rows(centres.repeat(20, axis=0) + generator.normal(0, 0.2, (2000, 16)).astype(np.float32))
+    stored = vectors[generator.permutation(2000)].astype(np.float16)
+    vectors = stored.astype(np.float32)
+    prepared = filled("hnsw", vectors, links=4)
+    graph, order = unwrap_transforms(prepared.index), load_faiss().vector_to_array(prepared.index.id_map)
+    assert sorted(order.tolist()) == list(range(2000))
+    np.testing.assert_array_equal(graph_rows(graph), stored[order])
+    unordered = load_faiss().IndexHNSWFlat(16, 4, load_faiss().METRIC_INNER_PRODUCT)
+    unordered.add(vectors)
+    assert mean_link_length(graph) < 0.8 * mean_link_length(unordered)
+
+
+def test_a_graph_of_whole_rows_as_older_indexes_have_it_is_searched_as_before(vectors: np.ndarray) -> None:
+    faiss = load_faiss()
+    older, queries = faiss.IndexHNSWFlat(16, 32, faiss.METRIC_INNER_PRODUCT), RandomRows(20, 16).sample(20, seed=8)
+    older.add(vectors)
+    older.hnsw.efSearch = 200
+    expected, truth = older.search(queries, 10)
+    scores, positions = search_of(older, queries, 10, search_parameters(older))
+    np.testing.assert_array_equal(positions, truth)
+    np.testing.assert_array_equal(scores, expected)
 
 
 @pytest.mark.parametrize("kind", list(INDEX_TYPES))
@@ -165,7 +218,7 @@ def test_a_selector_keeps_all_others_out_of_every_kind(kind: str, vectors: np.nd
     prepared, chosen = filled(kind, vectors), np.arange(0, 2000, 7)
     selector = load_faiss().IDSelectorBatch(chosen)
     parameters = search_parameters(prepared.index, selector=selector, effort=effort_limit(prepared.index))
-    found = prepared.index.search(vectors[:5], 20, params=parameters)[1]
+    found = search_of(prepared.index, vectors[:5], 20, parameters)[1]
     assert set(found.ravel().tolist()) <= {*chosen.tolist(), -1}
     assert 0 in found[0]
 
@@ -174,9 +227,9 @@ def test_a_selector_keeps_all_others_out_of_every_kind(kind: str, vectors: np.nd
 def test_effort_is_that_of_the_file_unless_given(kind: str, vectors: np.ndarray) -> None:
     few = filled(kind, vectors, **{str(INDEX_TYPES[kind].effort): 1})
     queries = vectors[:100]
-    stored = few.index.search(queries, 10)[1]
-    as_stored = few.index.search(queries, 10, params=search_parameters(few.index))[1]
-    more = few.index.search(queries, 10, params=search_parameters(few.index, effort=effort_limit(few.index)))[1]
+    stored = search_of(few.index, queries, 10)[1]
+    as_stored = search_of(few.index, queries, 10, search_parameters(few.index))[1]
+    more = search_of(few.index, queries, 10, search_parameters(few.index, effort=effort_limit(few.index)))[1]
     np.testing.assert_array_equal(stored, as_stored)
     assert (more != stored).any()
 

@@ -2,18 +2,20 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.index.index_fixture import MakeIndex, make_batch, vectors
-from vlm.index.ann.faiss_search import rerank, to_float32
+from vlm.index.ann.faiss_search import graph_rows, load_faiss, rerank, to_float32, unwrap_transforms
 from vlm.index.ann.index_types import INDEX_TYPES
 from vlm.index.build import build_index
 from vlm.index.embeddings_folder import normalize_rows
 from vlm.index.reader import Index
 from vlm.index.segments import ScoredRows, merge, open_array
+from vlm.index.verify import check_index
 from vlm.index.writer import IndexWriter
 
 
@@ -113,6 +115,20 @@ def test_questions_of_any_precision_are_asked_as_float32(make_index: MakeIndex, 
     assert index.nearest(queries[:0], 4)[1].shape == (0, 4)
 
 
+def test_an_index_with_a_graph_of_whole_rows_as_older_versions_built_it_is_read(
+    make_index: MakeIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = replace(INDEX_TYPES["hnsw"], factory="HNSW{links}", keeps_float16=False)
+    with monkeypatch.context() as patches:
+        patches.setitem(INDEX_TYPES, "hnsw", older)
+        folder = make_index(800, kind="hnsw")
+    index = Index.open(folder)
+    assert isinstance(index.snapshot.views[0].segment.index, load_faiss().IndexHNSWFlat)
+    scores = index.nearest(vectors(20, 5), 10)[0]
+    np.testing.assert_allclose(scores[:, 0], (vectors(20, 5) @ vectors(800, 0).T).max(axis=1), atol=1e-3)
+    assert not check_index(folder).faults
+
+
 @pytest.mark.parametrize("kind", list(INDEX_TYPES))
 def test_asking_without_faiss_wrapper_gives_what_it_gives(make_index: MakeIndex, kind: str) -> None:
     segment = Index.open(make_index(800, kind=kind)).snapshot.views[0].segment
@@ -121,6 +137,14 @@ def test_asking_without_faiss_wrapper_gives_what_it_gives(make_index: MakeIndex,
         scores, positions = segment.faiss_search(every_other, answers)
         expected, truth = segment.index.search(every_other, answers)
         np.testing.assert_array_equal(positions, truth)
-        np.testing.assert_array_equal(scores, expected)
+        if kind == "hnsw":
+            order = load_faiss().vector_to_array(segment.index.id_map)
+            np.testing.assert_array_equal(graph_rows(unwrap_transforms(segment.index)), segment.vectors.stored[order])
+            # of the float16 rows FAISS gives inner products, which are not quite cosines
+            np.testing.assert_allclose(scores, expected, atol=2e-4)
+            expected = np.einsum("qd,qkd->qk", every_other, segment.vectors.take(positions.ravel()).reshape(10, -1, 16))
+            np.testing.assert_allclose(scores, expected, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(scores, expected)
     with pytest.raises(ValueError, match="dimensions"):
         segment.faiss_search(every_other[:, 1:], 10)
