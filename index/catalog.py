@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from anyascii import anyascii
+from pyroaring import BitMap
 
 from vlm.data.samples import Captions
 from vlm.errors import VlmError
@@ -38,7 +39,15 @@ from vlm.index.filter_language import Condition, matching_rows
 from vlm.index.index_files import REBUILD_HINT, FailPoint, no_failpoint
 from vlm.index.metadata import SCHEMA as METADATA_SCHEMA
 from vlm.index.metadata import field_types, insert_metadata_fields, sanitize_text
-from vlm.index.row_bitmaps import bitmap_faults, claim_bitmaps, has_bitmaps, update_bitmaps, write_bitmaps
+from vlm.index.row_bitmaps import (
+    bitmap_faults,
+    bitmaps_claimed,
+    fetch_bitmap,
+    has_bitmaps,
+    row_ids,
+    update_bitmaps,
+    write_bitmaps,
+)
 from vlm.tensor_types import Array, Int64
 
 WORDS_VERSION = 1
@@ -179,7 +188,7 @@ def update_catalogue(
     Raises:
         VlmError: two live rows would have the same uid, or the disk is full; nothing has changed.
     """
-    with _opened(path) as database, _bitmaps_claimed(database, path.name, path.name):
+    with _opened(path) as database, bitmaps_claimed(database, path.name, path.name):
         deletions = ((generation, row) for row in deleted.tolist())
         database.executemany(f"UPDATE rows SET died = ? WHERE row = ? AND died = {LATEST}", deletions)
         failpoint(f"{path.name} within its transaction")
@@ -198,7 +207,7 @@ def edited_copy(source: Path, path: Path, *, generation: int) -> Iterator[sqlite
         VlmError: it is damaged, or the disk is full.
     """
     shutil.copyfile(source, path)
-    with _opened(path) as database, _bitmaps_claimed(database, source.name, path.name):
+    with _opened(path) as database, bitmaps_claimed(database, source.name, path.name):
         yield database
         _record_count(database, generation)
     # the copied pages too, which SQLite did not write
@@ -212,15 +221,6 @@ def _record_count(database: sqlite3.Connection, generation: int) -> None:
     database.execute("CREATE TABLE IF NOT EXISTS counts (generation INTEGER PRIMARY KEY, rows INTEGER NOT NULL)")
     database.execute("DELETE FROM counts WHERE generation < ?", (generation - 1,))
     database.execute(f"INSERT OR REPLACE INTO counts SELECT ?1, ({_COUNT})", (generation,))
-
-
-@contextlib.contextmanager
-def _bitmaps_claimed(database: sqlite3.Connection, name_before: str, name: str) -> Iterator[None]:
-    """After the block, which may add rows, bitmaps that agreed with the facts under a name do so under another."""
-    agree = has_bitmaps(database, name_before)
-    yield
-    if agree:
-        claim_bitmaps(database, name)
 
 
 def roll_back_catalogue(path: Path, *, generation: int) -> None:
@@ -274,8 +274,7 @@ def _new(path: Path, generation: int, *, old_catalogue: Path | None = None) -> I
         yield database
         for index in _INDEXES:
             database.execute(index)
-        write_bitmaps(database)
-        claim_bitmaps(database, path.name)
+        write_bitmaps(database, path.name)
         _record_count(database, generation)
         # merges the pieces of the full-text index into one, which is faster to search
         database.execute("INSERT INTO captions_text(captions_text) VALUES ('optimize')")
@@ -471,8 +470,7 @@ class Catalogue(EngineCatalogue):
     def rows(self) -> Int64[Array, " N"]:
         """All row numbers, ascending."""
         with self._reading() as database:
-            all_rows = np.array(_first_column(database.execute("SELECT row FROM rows")), np.int64)
-            return np.setdiff1d(all_rows, self._hidden(database), assume_unique=True)
+            return row_ids(fetch_bitmap(database, "SELECT row FROM rows") - self._hidden(database))
 
     def where(self, condition: Condition, *, optional_fields: Collection[str] = ()) -> Int64[Array, " N"]:
         """The numbers of the rows that a condition selects, ascending.
@@ -489,8 +487,7 @@ class Catalogue(EngineCatalogue):
                 optional_fields=optional_fields,
                 use_bitmaps=has_bitmaps(database, self.path.name),
             )
-            hidden = self._hidden(database)
-            return np.setdiff1d(rows, hidden, assume_unique=True) if len(hidden) else rows
+            return row_ids(rows - self._hidden(database))
 
     def distinct_values(self, field: str, limit: int) -> list[int | float | str]:
         """The first values of a field in their order, numbers before texts, those of deleted rows among them."""
@@ -524,7 +521,7 @@ class Catalogue(EngineCatalogue):
         """Each value of a field with its row."""
         query = "SELECT value, row FROM facts WHERE field = ?"
         with self._reading() as database:
-            hidden = set(self._hidden(database).tolist())
+            hidden = self._hidden(database)
             found = database.execute(query, (_field_id(database, field),))
             return [(value, row) for value, row in found if row not in hidden]
 
@@ -585,7 +582,7 @@ class Catalogue(EngineCatalogue):
         """The `top` most frequent values of a column among the given rows, or among all of this version."""
         numbers = None if rows is None else row_numbers(rows)
         with self._reading() as database:
-            return count_values(database, field, top=top, rows=numbers, hidden=self._hidden(database))
+            return count_values(database, field, top=top, rows=numbers, hidden=row_ids(self._hidden(database)))
 
     def metadata_fields(self, rows: Sequence[int]) -> dict[int, set[tuple[str, int | float | str]]]:
         """The metadata fields and values of each given row; reads the whole table of metadata."""
@@ -623,11 +620,13 @@ class Catalogue(EngineCatalogue):
     def _visible_at(self) -> tuple[int, int]:
         return self.generation, self.generation
 
-    def _hidden(self, database: sqlite3.Connection) -> Int64[Array, " N"]:
+    def _hidden(self, database: sqlite3.Connection) -> BitMap:
         """The rows in the file that this version does not see."""
         # `died < LATEST` makes SQLite use the partial index
-        query = f"SELECT row FROM rows WHERE born > ? UNION SELECT row FROM rows WHERE died <= ? AND died < {LATEST}"
-        return np.array(_first_column(database.execute(query, self._visible_at)), np.int64)
+        query = (
+            f"SELECT row FROM rows WHERE born > ? UNION ALL SELECT row FROM rows WHERE died <= ? AND died < {LATEST}"
+        )
+        return fetch_bitmap(database, query, *self._visible_at)
 
     def _select(self, condition: str, *values: str | int) -> list[Entry]:
         with self._reading() as database:

@@ -37,14 +37,12 @@ from itertools import chain
 from textwrap import shorten
 from typing import Any, Literal, NoReturn, cast
 
-import numpy as np
 from pyroaring import BitMap
 
 from vlm.config import suggest
 from vlm.errors import UsageError
 from vlm.index.metadata import KEY, LONGEST_TEXT, FieldType, FieldValue, field_types, sanitize_text
 from vlm.index.row_bitmaps import fetch_bitmap, plain_cursor, read_bitmap, row_ids
-from vlm.tensor_types import Array, Int64
 
 _ISO_TIME = re.compile(
     r"(?P<date>\d{4}-\d\d-\d\d)"
@@ -394,8 +392,8 @@ def matching_rows(
     *,
     optional_fields: Collection[str] = (),
     use_bitmaps: bool = False,
-) -> Int64[Array, " N"]:
-    """The numbers of the rows that a condition selects, ascending, live and deleted ones alike.
+) -> BitMap:
+    """The rows that a condition selects, live and deleted ones alike.
 
     optional_fields: may be named although no row has them, and then match none.
     use_bitmaps: read those that the database has (`vlm.index.row_bitmaps`) instead of most facts.
@@ -408,11 +406,11 @@ def matching_rows(
     fields: dict[str, int] = dict(database.execute("SELECT name, id FROM fields"))
     # every row has a key, so without fields there are no rows
     if not types:
-        return np.zeros(0, np.int64)
+        return BitMap()
     for name in check_fields(condition, types, fields, optional_fields):
         # no field has this number, and so no value
         fields.setdefault(name, -1)
-    return row_ids(_Evaluator(database, fields, use_bitmaps).rows(condition))
+    return _Evaluator(database, fields, use_bitmaps).rows(condition)
 
 
 def check_fields(

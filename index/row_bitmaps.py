@@ -15,7 +15,7 @@ from array import array
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, groupby
 from operator import itemgetter
@@ -95,13 +95,20 @@ def plain_cursor(database: sqlite3.Connection) -> sqlite3.Cursor:
     return cursor
 
 
-def write_bitmaps(database: sqlite3.Connection, *, facts_per_bitmap: int = FACTS_PER_BITMAP) -> None:
-    """Make the tables, and the bitmaps of all facts; nothing is committed."""
+def write_bitmaps(
+    database: sqlite3.Connection, catalogue: str = "", *, facts_per_bitmap: int = FACTS_PER_BITMAP
+) -> None:
+    """Make the tables, and the bitmaps of all facts; nothing is committed.
+
+    catalogue: the file name, under which `has_bitmaps` then knows them; empty: of facts without a catalogue.
+    """
     for statement in filter(str.strip, SCHEMA.split(";")):
         database.execute(statement)
     for (field,) in database.execute("SELECT id FROM fields").fetchall():
         query = "SELECT value, count(*) FROM facts WHERE field = ? GROUP BY value"
         _write_spans(database, field, database.execute(query, (field,)), facts_per_bitmap)
+    if catalogue:
+        _claim_bitmaps(database, catalogue)
 
 
 def has_bitmaps(database: sqlite3.Connection, catalogue: str) -> bool:
@@ -112,10 +119,19 @@ def has_bitmaps(database: sqlite3.Connection, catalogue: str) -> bool:
     return bool(database.execute(query, (catalogue,)).fetchone()[0])
 
 
-def claim_bitmaps(database: sqlite3.Connection, catalogue: str) -> None:
+def _claim_bitmaps(database: sqlite3.Connection, catalogue: str) -> None:
     """Say that the bitmaps agree with the facts of the catalogue of this file name."""
     database.execute("DELETE FROM bitmap_state")
     database.execute(f"INSERT INTO bitmap_state VALUES (?, {_NEXT_ROW})", (catalogue,))
+
+
+@contextmanager
+def bitmaps_claimed(database: sqlite3.Connection, name_before: str, name: str) -> Iterator[None]:
+    """After the block, which may add rows, bitmaps that agreed with the facts under a name do so under another."""
+    agree = has_bitmaps(database, name_before)
+    yield
+    if agree:
+        _claim_bitmaps(database, name)
 
 
 def bitmap_faults(database: sqlite3.Connection) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Any
 from tests.index.origin_fixture import make_origin
 from vlm.index.filter_language import matching_rows, parse_filter
 from vlm.index.metadata import SCHEMA, insert_metadata_fields
-from vlm.index.row_bitmaps import write_bitmaps
+from vlm.index.row_bitmaps import row_ids, write_bitmaps
 
 Metadata = dict[str, Any]
 
@@ -29,4 +29,4 @@ def open_bitmaps(rows: Sequence[Metadata], *, facts_per_bitmap: int) -> sqlite3.
 
 def chosen(database: sqlite3.Connection, text: str, *, use_bitmaps: bool = False) -> list[int]:
     """The rows of a filter."""
-    return matching_rows(database, parse_filter(text), use_bitmaps=use_bitmaps).tolist()
+    return row_ids(matching_rows(database, parse_filter(text), use_bitmaps=use_bitmaps)).tolist()
