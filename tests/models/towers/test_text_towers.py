@@ -76,6 +76,12 @@ def test_a_bag_is_the_mean_or_sum_of_its_entries_projected(reduce):
     assert torch.allclose(tower(ROWS)[1], tower.head(pooled), atol=1e-6)
 
 
+def test_entries_begin_at_the_length_asked_for():
+    unit, short = make("bag", width=64), make("bag", width=64, entry_length=0.02)
+    assert torch.allclose(short.table.weight, 0.02 * unit.table.weight, rtol=1e-4)
+    assert unit.table.weight.norm(dim=1).mean().item() == pytest.approx(1, abs=0.05)
+
+
 def test_a_bag_has_no_order_and_n_grams_have():
     swapped = ROWS[:1].clone()
     swapped[0, [1, 2]] = swapped[0, [2, 1]]
@@ -293,6 +299,7 @@ def test_the_fingerprint_reads_the_weights(folders, tmp_path):
         ("bag:3", {}, "takes no name"),
         ("ngram", {"orders": (9,)}, "longer --context-length"),
         ("ngram", {"orders": (0,)}, "from 1"),
+        ("ngram", {"entry_length": 0.0}, "more than 0"),
         ("bag", {"widht": 3}, "did you mean 'width'"),
         ("hf:bertt", {}, "did you mean bert"),
         ("hf:bert", {"context_length": 600}, "--context-length 512"),

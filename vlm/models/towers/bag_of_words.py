@@ -22,8 +22,8 @@ class BagOfWordsTower(TextTower):
         self.pad_id = config.pad_id
         self.is_mean = config.reduce == "mean"
         self.table = nn.EmbeddingBag(entries, config.width, mode="sum")
-        # so that entries have unit length on average
-        nn.init.normal_(self.table.weight, std=config.width**-0.5)
+        # an n-gram that no caption of training has keeps this entry: at the length of trained ones it drowns the others
+        nn.init.normal_(self.table.weight, std=config.entry_length * config.width**-0.5)
         self.head = projection(config.width, config.hidden, embed_dim, config.dropout)
 
     def forward(self, tokens: Int64[Tensor, "B L"]) -> Float[Tensor, "B D"]:
@@ -88,6 +88,11 @@ def build_ngram(config: TextTowerConfig, name: str, embed_dim: int) -> TextTower
 def _check(config: TextTowerConfig, name: str) -> None:
     if name:
         raise UsageError(f"{config.tower}: {config.tower.split(':')[0]} takes no name; its width is an option: width=.")
+    # 0 would give every text the same vector, which has no direction
+    if not config.entry_length > 0:
+        raise UsageError(
+            f"entry_length = {config.entry_length} leaves texts no direction; give more than 0, e.g. 0.02."
+        )
     if not config.orders or min(config.orders) < 1:
         raise UsageError(f"orders = {config.orders} are not lengths of n-grams; give some from 1.")
     if max(config.orders) > config.context_length:

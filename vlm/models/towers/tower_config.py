@@ -177,6 +177,9 @@ class TextTowerConfig:
     width: int = 256
     """Width of an entry of the tables of bag and ngram."""
 
+    entry_length: float = 1.0
+    """Average length of such an entry before training; one no caption has keeps it, so a small one adds little."""
+
     hidden: int = 0
     """Width of the hidden layer between vector and embedding; 0 has none."""
 
