@@ -5,9 +5,9 @@ view of everything else.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
-from math import ceil, exp, floor, log, sqrt
+from math import ceil, exp, floor, isqrt, log, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,12 +26,62 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenGrid:
+    """Grids of at most `tokens` patches in the shape of an image (NaViT, Dehghani et al. 2023; NaFlex, SigLIP 2).
+
+    patch: pixels of a patch's side. An image fills its grid, from the top left corner of a square canvas on; the rest
+    is black. The canvas holds shapes to 2:1, √2 times as long as a square of as many patches; longer ones are squeezed.
+
+    >>> TokenGrid(patch=12, tokens=64).cells(400, 300)
+    (7, 9)
+    """
+
+    patch: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if self.patch < 1 or self.tokens < 1:
+            raise UsageError(f"{self.tokens} patches of {self.patch} pixels show nothing; give 1 or more of each.")
+
+    @property
+    def side(self) -> int:
+        """Pixels of the canvas's side."""
+        return self.patch * isqrt(2 * self.tokens)
+
+    def cells(self, width: int, height: int) -> tuple[int, int]:
+        """Rows and columns for an image of this size: of the grids that take no further row or no further column, so
+        that few tokens are missing, the one nearest in shape.
+        """
+        longest = isqrt(2 * self.tokens)
+        grids: list[tuple[float, int, int]] = []
+        for side in range(max(1, self.tokens // longest), longest + 1):
+            other = min(longest, self.tokens // side)
+            for rows, columns in ((other, side), (side, other)):
+                grids.append((abs(log(columns * height / (rows * width))), rows, columns))
+        _, rows, columns = min(grids)
+        return rows, columns
+
+    def shape(self, width: int, height: int) -> tuple[int, int]:
+        """Height and width in pixels at which an image of this size is shown."""
+        rows, columns = self.cells(width, height)
+        return rows * self.patch, columns * self.patch
+
+
+ASPECT = "aspect"
+"""The resize mode that keeps the shape of an image, on a `TokenGrid`."""
+
+# fields of the fixed view that this mode alone has; identities of other views were computed without them
+_GRID_FIELDS = ("patch", "tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalTransform:
     """Resize and crop deterministically, pixel for pixel as open_clip's evaluation transform does.
 
     size: pixels of the square. mean, std: of the channels in [0, 1], applied on the device.
     resize_mode: shortest (then centre crop), squash, or longest (then pad with fill_color); shortest_floor is shortest
-        with the crop of transformers, which rounds half of an odd remainder down, torchvision to the even number.
+        with the crop of transformers, which rounds half of an odd remainder down, torchvision to the even number;
+        aspect is ours, without a crop: a `TokenGrid` of `tokens` patches of `patch` pixels, on a canvas of `size`.
     """
 
     size: int = 224
@@ -40,14 +90,35 @@ class EvalTransform:
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
     fill_color: int = 0
+    patch: int = 0
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.grid and self.grid.side != self.size:
+            raise UsageError(
+                f"Images of at most {self.tokens} patches of {self.patch} px lie on a canvas of {self.grid.side} px, "
+                f"not {self.size}; their size is the image tower's tokens=, not --image-size."
+            )
+
+    @property
+    def grid(self) -> TokenGrid | None:
+        """The grids that images keep their shape on; None where all are squares."""
+        return TokenGrid(patch=self.patch, tokens=self.tokens) if self.resize_mode == ASPECT else None
 
     def identity(self) -> str:
         """What the fingerprint of an embedding space holds of it.
 
         The name in it is the class's first one: fingerprints of models and indexes outlive a renaming.
         """
-        values = ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
+        values = ", ".join(f"{name}={value!r}" for name, value in self._values().items())
         return f"FixedView({values})"
+
+    def _values(self) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            if self.resize_mode == ASPECT or field.name not in _GRID_FIELDS:
+                values[field.name] = getattr(self, field.name)
+        return values
 
     @classmethod
     def from_preprocess(cls, values: dict[str, Any]) -> "EvalTransform":
@@ -67,7 +138,7 @@ class EvalTransform:
 
     def to_preprocess(self) -> dict[str, Any]:
         """As the `preprocess_cfg` of an open_clip model folder."""
-        return asdict(self) | {"mode": "RGB", "mean": list(self.mean), "std": list(self.std)}
+        return self._values() | {"mode": "RGB", "mean": list(self.mean), "std": list(self.std)}
 
     def __call__(self, data: bytes) -> np.ndarray:
         """Encoded image to uint8 [3, size, size].
@@ -92,6 +163,10 @@ class EvalTransform:
         if self.resize_mode == "squash":
             return image.resize((size, size), resample)
         width, height = image.size
+        if self.grid:
+            canvas = Image.new("RGB", (size, size))
+            canvas.paste(image.resize(self.grid.shape(width, height)[::-1], resample), (0, 0))
+            return canvas
         if self.resize_mode == "longest":
             ratio = max(width, height) / size
             # a banner of extreme proportions would round to no pixel at all
@@ -111,13 +186,17 @@ class EvalTransform:
 
 
 class Crop(NamedTuple):
-    """A rectangle of an upright image, in its pixels, and whether it is mirrored."""
+    """A rectangle of an upright image, in its pixels, and whether it is mirrored.
+
+    shown: height and width in pixels of the part of the view that it fills; None is all of it.
+    """
 
     left: int
     top: int
     width: int
     height: int
     is_flipped: bool = False
+    shown: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +205,7 @@ class RandomResizedCrop:
 
     scale: range of the crop's share of the area. ratio: range of its width / height.
     flip: probability of mirroring. interpolation: bicubic or bilinear, both antialiased.
+    grid: images keep their shape: a crop fills the grid of its whole image, and `ratio` is of its shape to that grid's.
 
     Raises:
         UsageError: size is below 1.
@@ -136,6 +216,12 @@ class RandomResizedCrop:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.0
     interpolation: str = "bicubic"
+    grid: TokenGrid | None = None
+
+    @classmethod
+    def of_view(cls, view: EvalTransform, *, scale: tuple[float, float], flip: float) -> "RandomResizedCrop":
+        """Crops for a model whose fixed view this is."""
+        return cls(size=view.size, scale=scale, flip=flip, interpolation=view.interpolation, grid=view.grid)
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -156,9 +242,12 @@ class RandomResizedCrop:
         What is drawn from the generator depends on the size alone, not on how the image is decoded.
         """
         is_flipped = rng.random() < self.flip
+        shown = self.grid.shape(width, height) if self.grid else None
+        # a square view has stretch 1.0 exactly, so that a seed's crops stay what they are
+        stretch = shown[1] / shown[0] if shown else 1.0
         # a crop of the whole area can only be the whole image: the tries would all miss and end there too
-        if self.scale[0] == 1.0 and self.ratio[0] <= width / height <= self.ratio[1]:
-            return self._on_grid(0, 0, width, height, is_flipped)
+        if self.scale[0] == 1.0 and self.ratio[0] <= width / height / stretch <= self.ratio[1]:
+            return self._on_grid(Crop(0, 0, width, height, is_flipped, shown))
         random = rng.random
         low, span = self._log_ratio
         min_scale, max_scale = self.scale
@@ -174,7 +263,7 @@ class RandomResizedCrop:
             across = random()
             down = random()
             area = width * height * (min_scale + share * scale_span)
-            aspect = exp(low + shape * span)  # uniform in the logarithm, so that wide is as likely as tall
+            aspect = exp(low + shape * span) * stretch  # uniform in the logarithm: wide is as likely as tall
             if area * aspect > widest or area / aspect > highest:
                 continue
             crop_width = round(sqrt(area * aspect))
@@ -182,28 +271,33 @@ class RandomResizedCrop:
             if 0 < crop_width <= width and 0 < crop_height <= height:
                 left = int(across * (width - crop_width + 1))
                 top = int(down * (height - crop_height + 1))
-                return self._on_grid(left, top, crop_width, crop_height, is_flipped)
+                return self._on_grid(Crop(left, top, crop_width, crop_height, is_flipped, shown))
 
-        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
+        aspect = min(max(width / height, self.ratio[0] * stretch), self.ratio[1] * stretch)
         crop_width = min(width, round(height * aspect))
         crop_height = min(height, round(width / aspect))
         left = (width - crop_width) // 2
         top = (height - crop_height) // 2
-        return self._on_grid(left, top, crop_width, crop_height, is_flipped)
+        return self._on_grid(Crop(left, top, crop_width, crop_height, is_flipped, shown))
 
     @cached_property
     def _log_ratio(self) -> tuple[float, float]:
         return log(self.ratio[0]), log(self.ratio[1]) - log(self.ratio[0])
 
-    def _on_grid(self, left: int, top: int, width: int, height: int, is_flipped: bool) -> Crop:
+    def _on_grid(self, crop: Crop) -> Crop:
         """The crop with its edges on whole pixels of the reduced JPEG, for images of every format.
 
         Otherwise a reduced image would be shifted by part of a pixel against the same one decoded whole.
         """
-        step = reduction(self.size / min(width, height))
+        step = reduction(self._magnification(crop))
         if step == 1:
-            return Crop(left, top, width, height, is_flipped)
-        return Crop(left - left % step, top - top % step, width - width % step, height - height % step, is_flipped)
+            return crop
+        left, top, width, height = (edge - edge % step for edge in crop[:4])
+        return Crop(left, top, width, height, crop.is_flipped, crop.shown)
+
+    def _magnification(self, crop: Crop) -> float:
+        height, width = crop.shown or (self.size, self.size)
+        return max(width / crop.width, height / crop.height)
 
     def show(self, image: EncodedImage, crop: Crop) -> UInt8[Array, "3 S S"]:
         """Decode an image and resize its crop; the channels of a pixel are adjacent in memory.
@@ -217,12 +311,20 @@ class RandomResizedCrop:
 
     def resolution(self, crop: Crop) -> float:
         """Share of the image's width and height at which its crop still fills the view."""
-        return min(1.0, self.size / min(crop.width, crop.height))
+        return min(1.0, self._magnification(crop))
 
     def cut(
-        self, image: EncodedImage, pixels: UInt8[Array, "H W 3"], crop: Crop, *, out: UInt8[Array, "S S 3"]
+        self, image: EncodedImage, pixels: UInt8[Array, "H W 3"], crop: Crop, *, out: UInt8[Array, "h w 3"]
     ) -> None:
         """Write the resized crop of the image's pixels, whole or reduced, to `out`."""
+        if crop.shown:
+            height, width = crop.shown
+            # in a piece of its own: torch's filter writes whole arrays
+            part = np.empty((height, width, 3), np.uint8)
+            self.cut(image, pixels, crop._replace(shown=None), out=part)
+            out[:] = 0
+            out[:height, :width] = part
+            return
         step = image.reduction_of(pixels)
         if image.orientation != 1 and any(overhang := image.overhang(step)):
             self._crop_between_pixels(pixels, crop, step, overhang, out=out)
@@ -240,7 +342,7 @@ class RandomResizedCrop:
         step: int,
         overhang: tuple[int, int],
         *,
-        out: UInt8[Array, "S S 3"],
+        out: UInt8[Array, "h w 3"],
     ) -> None:
         """As `cut` where the reduced pixels do not begin at the image's corner; torch cuts at whole ones only."""
         left, right = _reduced_edges(crop.left, crop.width, overhang[0], step, pixels.shape[1])
@@ -249,7 +351,7 @@ class RandomResizedCrop:
         first_column = int(left)
         piece = Image.fromarray(np.ascontiguousarray(pixels[first_row : ceil(bottom), first_column : ceil(right)]))
         box = (left - first_column, top - first_row, right - first_column, bottom - first_row)
-        out[:] = piece.resize((self.size, self.size), _FILTERS[self.interpolation], box=box)
+        out[:] = piece.resize((out.shape[1], out.shape[0]), _FILTERS[self.interpolation], box=box)
 
 
 def _reduced_edges(first: int, length: int, overhang: int, step: int, num_pixels: int) -> tuple[float, float]:

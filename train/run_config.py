@@ -32,7 +32,10 @@ class ModelConfig:
     """Context length in tokens; 0 uses the architecture's."""
 
     resize_mode: Literal["", "shortest", "squash", "longest"] = ""
-    """How images are made square: cropped, squashed or padded; empty uses the architecture's."""
+    """How images are made square: cropped, squashed or padded; empty uses the architecture's.
+
+    The image tower's option tokens=N keeps their shape instead (timm:naflexvit_…,tokens=196): at most N patches.
+    """
 
     image_size: int = 0
     """Input resolution in pixels; 0 uses the architecture's. Position embeddings of start_from are interpolated."""

@@ -38,7 +38,7 @@ from vlm.data.sampler import BatchSampler
 from vlm.data.shard_cache import ShardCache, default_cache
 from vlm.data.shards import count_samples, expand_shards
 from vlm.data.tokenizers import CAUSAL_PREFIX, open_tokenizer
-from vlm.data.transforms import EvalTransform, LocalCrops, RandomResizedCrop
+from vlm.data.transforms import ASPECT, EvalTransform, LocalCrops, RandomResizedCrop
 from vlm.errors import UsageError
 from vlm.files import write_text
 from vlm.manifest import is_complete
@@ -427,6 +427,11 @@ def _fresh_model(config: TrainConfig, device: torch.device, *, with_bias: bool) 
     # trained weights see what they were trained to see, not CLIP's statistics
     preprocess: dict[str, Any] = {"size": size, **initial_preprocess(architecture["vision_cfg"])}
     if model_settings.resize_mode:
+        if preprocess.get("resize_mode") == ASPECT:
+            raise UsageError(
+                f"resize_mode = {model_settings.resize_mode!r}: images keep their shape by the tower's tokens=; leave "
+                "one of them out."
+            )
         preprocess["resize_mode"] = model_settings.resize_mode
     view = EvalTransform.from_preprocess(preprocess)
     return VisionLanguageModel(
@@ -569,12 +574,8 @@ def build_collator(
     cached: CachedFeatures | None = None,
 ) -> TrainingCollator:
     """What the workers make of the samples of a batch. trim_text: cut its tokens to the longest caption."""
-    view = RandomResizedCrop(
-        size=model.view.size,
-        scale=config.loader.crop_scale,
-        flip=config.loader.flip,
-        interpolation=model.view.interpolation,
-    )
+    _check_view(config, model.view)
+    view = RandomResizedCrop.of_view(model.view, scale=config.loader.crop_scale, flip=config.loader.flip)
     objective = config.objective
     num_crops = objective.local_views
     return TrainingCollator(
@@ -598,6 +599,19 @@ def build_collator(
         caption_mix=caption_mix,
         cached=cached,
     )
+
+
+def _check_view(config: TrainConfig, view: EvalTransform) -> None:
+    """Refuse what shows images of one size only to a model whose images keep their shape."""
+    loader, objective = config.loader, config.objective
+    problems = (
+        (loader.decode_on_device, "--decode-on-device fills squares"),
+        (objective.local_views, "--local-views are squares"),
+        (objective.teacher or "teacher_image" in loader.arrays, "a teacher sees squares"),
+    )
+    for is_problem, reason in problems:
+        if view.grid and is_problem:
+            raise UsageError(f"Images keep their shape (the image tower's tokens=), and {reason}; leave one out.")
 
 
 def open_folder(

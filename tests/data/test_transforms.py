@@ -8,7 +8,15 @@ from PIL import Image
 from vlm.data.decode import EncodedImage, open_image, to_rgb
 from vlm.data.samples import SampleRng
 from vlm.data.tar import ShardReader
-from vlm.data.transforms import CLIP_MEAN, CLIP_STD, Crop, EvalTransform, RandomResizedCrop, resize_antialiased
+from vlm.data.transforms import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Crop,
+    EvalTransform,
+    RandomResizedCrop,
+    TokenGrid,
+    resize_antialiased,
+)
 from vlm.errors import BadSample, UsageError
 
 SIZES = [(40, 30), (31, 57), (224, 224), (225, 224), (97, 301), (640, 427), (333, 500), (12, 9), (1, 3)]
@@ -63,6 +71,80 @@ def test_preprocessing_is_written_and_read_back():
     assert EvalTransform.from_preprocess({"size": [32, 32], "mode": "RGB"}) == EvalTransform(size=32)
     with pytest.raises(UsageError, match="only square"):
         EvalTransform.from_preprocess({"size": [32, 64]})
+
+
+ASPECT = EvalTransform(size=132, resize_mode="aspect", patch=12, tokens=64)
+
+
+def test_a_grid_has_the_shape_of_its_image_and_wastes_few_tokens():
+    padding: list[float] = []
+    for number in range(61):
+        ratio = 2 ** (number / 30 - 1)
+        rows, columns = TokenGrid(patch=16, tokens=196).cells(round(1000 * ratio), 1000)
+        assert rows * columns <= 196
+        assert columns / rows == pytest.approx(ratio, rel=0.1)
+        assert max(rows, columns) * 16 <= TokenGrid(patch=16, tokens=196).side
+        padding.append(1 - rows * columns / 196)
+    assert np.mean(padding) < 0.05
+    # a panorama is squeezed to the longest grid there is
+    assert TokenGrid(patch=16, tokens=196).cells(5000, 500) == (10, 19)
+    assert TokenGrid(patch=16, tokens=196).cells(500, 5000) == (19, 10)
+    with pytest.raises(UsageError, match="0 patches of 16 pixels show nothing"):
+        TokenGrid(patch=16, tokens=0)
+
+
+def test_an_image_that_keeps_its_shape_fills_its_grid_and_nothing_else():
+    for size, (height, width) in (((400, 300), (84, 108)), ((300, 400), (108, 84)), ((97, 97), (96, 96))):
+        image = png_of(size)
+        pixels = ASPECT(image)
+        whole = Image.open(io.BytesIO(image)).resize((width, height), Image.Resampling.BICUBIC)
+        assert (pixels[:, :height, :width] == np.asarray(whole).transpose(2, 0, 1)).all()
+        assert pixels.shape == (3, 132, 132)
+        assert not pixels[:, height:].any()
+        assert not pixels[:, :, width:].any()
+
+
+def test_a_random_view_of_the_whole_image_is_the_fixed_one_that_keeps_its_shape():
+    image = png_of((400, 300))
+    crop = RandomResizedCrop.of_view(ASPECT, scale=(1.0, 1.0), flip=0.0)
+    assert np.abs(crop(image, SampleRng(0, 0, "key")).astype(int) - ASPECT(image)).max() <= 2
+
+
+def test_crops_keep_the_shape_of_their_image_but_for_the_usual_stretch():
+    crop = RandomResizedCrop.of_view(ASPECT, scale=(0.3, 0.6), flip=0.5)
+    stretches: list[float] = []
+    for number in range(200):
+        drawn = crop.draw(400, 300, SampleRng(0, number, "key"))
+        assert drawn.shown == (84, 108)
+        stretches.append(drawn.width / drawn.height / (108 / 84))
+    assert 0.74 < min(stretches) < 0.8
+    assert 1.25 < max(stretches) < 1.35
+    # a mirrored crop is mirrored inside its grid
+    image = png_of((400, 300))
+    plain, mirrored = (crop.show(EncodedImage(image), Crop(0, 0, 400, 300, flip, (84, 108))) for flip in (False, True))
+    assert (plain[:, :84, :108] == mirrored[:, :84, 107::-1]).all()
+    assert not mirrored[:, :, 108:].any()
+
+
+def test_grids_change_neither_crops_nor_identities_of_squares():
+    square = EvalTransform(size=96)
+    assert square.identity() == (
+        "FixedView(size=96, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711), "
+        "interpolation='bicubic', resize_mode='shortest', fill_color=0)"
+    )
+    assert not {"patch", "tokens"} & square.to_preprocess().keys()
+    assert EvalTransform.from_preprocess(ASPECT.to_preprocess()) == ASPECT
+    assert "patch=12, tokens=64" in ASPECT.identity()
+    of_squares = RandomResizedCrop.of_view(square, scale=(0.3, 0.6), flip=0.5)
+    of_grids = RandomResizedCrop.of_view(ASPECT, scale=(0.3, 0.6), flip=0.5)
+    for number in range(20):
+        drawn = of_grids.draw(300, 300, SampleRng(0, number, "key"))
+        assert drawn._replace(shown=None) == of_squares.draw(300, 300, SampleRng(0, number, "key"))
+
+
+def test_a_canvas_of_another_size_is_refused():
+    with pytest.raises(UsageError, match=r"at most 64 patches of 12 px lie on a canvas of 132 px, not 96"):
+        EvalTransform(size=96, resize_mode="aspect", patch=12, tokens=64)
 
 
 def test_a_view_without_pixels_is_refused():

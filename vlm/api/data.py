@@ -193,7 +193,7 @@ def _profile_setup(
         raise UsageError(f"{model.name} has an image size of {default_size} px; omit size = {size}.")
     return ProfileSetup(
         shards=tuple(expand_shards(join_shards(shards))),
-        view=RandomResizedCrop(size=default_size if size is None else size),
+        view=RandomResizedCrop(size=default_size if size is None else size, grid=model.view.grid if model else None),
         tokenizer=model.tokenizer if model else open_tokenizer(str(tokenizer)),
         samples=samples,
         batch_size=batch_size,
@@ -275,7 +275,7 @@ def stream(
         raise UsageError(f"batch_size = {batch_size} must be positive and a multiple of {share.world_size} processes.")
     view, texts_to_tokens = _view_and_tokenizer(model, image_size, tokenizer, mean, std)
     if transform == "training":
-        crop = RandomResizedCrop(size=view.size, scale=crop_scale, flip=flip, interpolation=view.interpolation)
+        crop = RandomResizedCrop.of_view(view, scale=crop_scale, flip=flip)
         draw = CaptionSampler(languages=tuple(text_list(languages, "languages")))
         sources = _read_sources(shards, selection, captions_from, caption_mix)
         corpus = open_corpus(sources, seed=seed, window=shuffle_window, allow_damage=allow_damage)

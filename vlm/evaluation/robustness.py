@@ -191,7 +191,9 @@ class Robustness:
         """The set that edits are compared with, and the edited ones."""
         if self.edits == "scenes":
             return self._scene_variants(data)
-        edit_view = replace(view, size=self.pixels or view.size)
+        # edits are of whole squares; on a canvas they would fill what no image reaches
+        mode = "shortest" if view.grid else view.resize_mode
+        edit_view = replace(view, size=self.pixels or view.size, resize_mode=mode)
 
         def edited(edit: PixelEdit | None, *parts: str) -> EvaluationSet:
             # the name decides which cached features are used, so all that decides over the pixels is in it

@@ -83,6 +83,8 @@ def export_onnx(model: VisionLanguageModel, out: Path, *, spec: str, source: Pat
         VlmError: torch cannot export the network, or the result differs by more than `TOLERANCE`.
     """
     _require_libraries()
+    if model.view.grid:
+        raise VlmError(f"{model.name} gives each image a grid of its own, which has no ONNX form; use it by torch.")
     sources = {} if source is None else record_sources(source)
     # what a tower loads with its first text must be there before: the exporter would give it tensors without values,
     # and it would keep them

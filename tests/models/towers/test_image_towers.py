@@ -7,6 +7,7 @@ from torch import nn
 
 from vlm.errors import UsageError
 from vlm.models.towers.pooling import POOLINGS, MapLayout, TokenMap, as_tokens, num_heads_for, read_layout
+from vlm.models.towers.timm import pack_patches
 from vlm.models.towers.tower import batch_norm_layers, freeze_batch_norm
 from vlm.models.towers.tower_config import read_image_config
 from vlm.models.towers.tower_registry import build_image_tower, resolve_tower_configs
@@ -93,6 +94,52 @@ def test_native_pooling_is_what_timm_classifies():
         maps = tower.trunk.forward_features(images(64))
         pooled = tower.trunk.head.norm(maps.mean(dim=(2, 3))[..., None, None]).flatten(1)
         assert torch.allclose(tower(images(64)), pooled @ tower.head.proj.weight.T, atol=1e-5)
+
+
+NAFLEX = "timm:naflexvit_base_patch16_gap"
+SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+
+
+def canvases(*grids):
+    """Pixels that fill grids of patches of 16, at the top left of black canvases for 12 tokens."""
+    pixels = torch.full((len(grids), 3, 64, 64), -1.5)
+    for canvas, (rows, columns) in zip(pixels, grids, strict=True):
+        canvas[:, : 16 * rows, : 16 * columns] = images(64, 1)[0, :, : 16 * rows, : 16 * columns]
+    return pixels
+
+
+def test_images_of_different_shapes_are_seen_as_if_each_were_alone():
+    tower = make(NAFLEX, tokens=12, overrides=SMALL).eval()
+    assert tower.image_size == (64, 64)
+    pixels = canvases((3, 4), (4, 3), (3, 3), (2, 4))
+    with torch.no_grad():
+        together = tower(pixels)
+        for canvas, vector in zip(pixels, together, strict=True):
+            assert torch.allclose(tower(canvas[None])[0], vector, atol=1e-5)
+        # timm's own form for a square image, and the packed form for another
+        bare = tower.project(tower.trunk(pixels[2:3, :, :48, :48]))
+        assert torch.allclose(bare[0], together[2], atol=1e-5)
+        patches, places, is_image = pack_patches(pixels, 16)
+    assert is_image.sum(dim=1).tolist() == [12, 12, 9, 8]
+    assert places[1, :12].tolist() == [[row, column] for row in range(4) for column in range(3)]
+    assert torch.equal(patches[1, 4].unflatten(0, (16, 16, 3)), pixels[1, :, 16:32, 16:32].permute(1, 2, 0))
+
+
+def test_black_inside_an_image_is_a_part_of_it_and_a_black_image_is_one_patch():
+    pixels = canvases((3, 4), (3, 4))
+    pixels[0, :, 16:32] = -1.5
+    pixels[1] = -1.5
+    _, _, is_image = pack_patches(pixels, 16)
+    assert is_image.sum(dim=1).tolist() == [12, 1]
+    assert make(NAFLEX, tokens=12, overrides=SMALL)(pixels).isfinite().all()
+
+
+def test_every_weight_of_a_tower_of_shapes_learns_and_there_is_no_one_map():
+    tower = make(NAFLEX, tokens=12, overrides=SMALL).train()
+    tower(canvases((3, 4), (3, 3))).square().sum().backward()
+    assert not [name for name, each in tower.named_parameters() if each.requires_grad and each.grad is None]
+    with pytest.raises(UsageError, match="tokens=12 gives each image a grid of its own"):
+        tower.forward_with_patches(canvases((3, 4)))
 
 
 def test_average_leaves_prefix_tokens_out():
@@ -297,6 +344,9 @@ def test_heads_divide_the_width():
         ("timm:test_vit", {"pooling": "queries", "rows": 0}, "at least one row"),
         ("vit:32x1", {}, "vit:WIDTHxDEPTH/PATCH"),
         ("vit:32x1/8", {"image_size": 33}, "multiple of the patch"),
+        ("timm:test_vit", {"tokens": 64}, "name one of timm's naflexvit"),
+        (NAFLEX, {"tokens": 12, "image_size": 224}, "makes the canvas 64 pixels, not 224"),
+        (NAFLEX, {"tokens": 12, "pooling": "avg"}, "for the trunk's own pooling and no decoder"),
         ("hf:nowhere", {}, "neither a folder nor a model type"),
         ("hf:pvt", {"registers": 2}, "choose a timm tower"),
     ],

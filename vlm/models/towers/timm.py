@@ -1,18 +1,20 @@
 """Image towers on timm: any of its models by name, and plain ViTs of any size."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import isqrt
 from typing import Any
 
 import torch
 from torch import nn
 
+from vlm.data.transforms import TokenGrid
 from vlm.errors import UsageError
 from vlm.models.towers.initial_weights import load_initial_weights
 from vlm.models.towers.pooling import Features, probe_trunk
 from vlm.models.towers.tower import ImageTower, group_by_layer
 from vlm.models.towers.tower_config import ImageTowerConfig, suggest_names
-from vlm.tensor_types import Float, Tensor
+from vlm.tensor_types import Bool, Float, Int64, Tensor
 
 _ARGUMENTS = {"drop_path": "drop_path_rate", "patch_dropout": "patch_drop_rate", "registers": "reg_tokens"}
 _VIT = re.compile(r"(\d+)x(\d+)/(\d+)")
@@ -61,6 +63,86 @@ class TimmTower(ImageTower):
             ) from error
 
 
+class AspectTower(TimmTower):
+    """A NaFlexVit that is shown images in their own shape, of at most `tokens` patches (timm's naflexvit).
+
+    Pixels are canvases of a `TokenGrid`: the patches right of an image and below it never enter the trunk. Those of a
+    batch are as many as its largest grid has; what is missing to that in other grids is masked.
+    """
+
+    grid: TokenGrid
+
+    def features(self, pixels: Float[Tensor, "B 3 H W"]) -> Features:
+        """There are none of one shape.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            f"{type(self.trunk).__name__} with tokens={self.grid.tokens} gives each image a grid of its own, so there "
+            "is no one map of patches; leave tokens= out, or what asks for patches."
+        )
+
+    def native(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
+        """The vector the trunk would classify."""
+        if pixels.is_meta:
+            # without data there is no shape to see: a square of as many patches takes as long
+            side = self.grid.patch * isqrt(self.grid.tokens)
+            return self.trunk(pixels[:, :, :side, :side])
+        patches, coordinates, is_image = pack_patches(pixels, self.grid.patch)
+        return self.trunk({"patches": patches, "patch_coord": coordinates, "patch_valid": is_image})
+
+
+def pack_patches(
+    pixels: Float[Tensor, "B 3 S S"], patch: int
+) -> tuple[Float[Tensor, "B N P"], Int64[Tensor, "B N 2"], Bool[Tensor, "B N"]]:
+    """The patches of images at the top left of canvases, row by row, with their rows and columns, padded to the most.
+
+    Where an image ends is seen in the pixels: rows and columns of patches at the far edges that are all like the last
+    pixel, which no image reaches, are no part of it. So a border of pure black is cut off too, which shows nothing.
+    """
+    from timm.models.naflexvit import batch_patchify
+
+    cells = pixels.shape[-1] // patch
+    is_drawn = (pixels != pixels[:, :, -1:, -1:]).any(dim=1)
+    is_drawn = is_drawn.unflatten(2, (cells, patch)).unflatten(1, (cells, patch)).any(dim=4).any(dim=2)
+    numbers = torch.arange(cells, device=pixels.device)
+    # one patch at least, since attention over nothing is not a number
+    rows = ((numbers + 1) * is_drawn.any(dim=2)).amax(dim=1).clamp(min=1)
+    columns = ((numbers + 1) * is_drawn.any(dim=1)).amax(dim=1).clamp(min=1)
+    is_image = (numbers[:, None] < rows[:, None, None]) & (numbers < columns[:, None, None])
+
+    longest = int((rows * columns).max())
+    is_image, places = is_image.flatten(1).to(torch.uint8).sort(dim=1, descending=True, stable=True)
+    is_image, places = is_image[:, :longest].bool(), places[:, :longest]
+    patches, _ = batch_patchify(pixels, (patch, patch))
+    patches = patches.gather(1, places[:, :, None].expand(-1, -1, patches.shape[2]))
+    # timm reads the size of a grid from its largest coordinates, padding included
+    places = places * is_image
+    return patches, torch.stack([places // cells, places % cells], dim=-1), is_image
+
+
+_PATCH = re.compile(r"naflexvit_.*patch(\d+)")
+
+
+def timm_grid(values: Mapping[str, Any], name: str) -> TokenGrid | None:
+    """The grids that `tokens` asks for in a vision_cfg; None where images are squares.
+
+    Raises:
+        UsageError: the trunk is no naflexvit.
+    """
+    if not values.get("tokens"):
+        return None
+    match = _PATCH.match(name)
+    if not match:
+        raise UsageError(
+            f"tokens = {values['tokens']}: timm:{name} takes squares; name one of timm's naflexvit, e.g. "
+            "timm:naflexvit_base_patch16_gap, or leave tokens= out."
+        )
+    patch = values.get("overrides", {}).get("patch_size", match[1])
+    return TokenGrid(patch=int(patch), tokens=int(values["tokens"]))
+
+
 def build_timm(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTower:
     """`timm:NAME`, with the weights of `initial_weights` if that is given, else fresh ones.
 
@@ -71,7 +153,12 @@ def build_timm(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTowe
 
     # checks the name before anything is built
     own_size = timm_image_size(name)
-    arguments: dict[str, Any] = {}
+    grid = timm_grid({"tokens": config.tokens, "overrides": config.overrides}, name)
+    if grid:
+        _check_grid(grid, config)
+        own_size = grid.side
+    # a mask of keys alone: what a padded query sees is never read
+    arguments: dict[str, Any] = {"use_key_only_attn_mask": True} if grid else {}
     for key, argument in _ARGUMENTS.items():
         # left out where it is 0, since many trunks do not take the argument at all
         if getattr(config, key):
@@ -88,7 +175,15 @@ def build_timm(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTowe
                 f"{name} does not take all of {', '.join([*arguments, *config.overrides])}: {error}."
             ) from error
 
-    return _tower(build, config, embed_dim, own_size)
+    return _tower(build, config, embed_dim, own_size, grid)
+
+
+def _check_grid(grid: TokenGrid, config: ImageTowerConfig) -> None:
+    tokens = f"{config.tower}: tokens = {grid.tokens}"
+    if config.image_size != grid.side:
+        raise UsageError(f"{tokens} makes the canvas {grid.side} pixels, not {config.image_size}; leave the size out.")
+    if config.pooling != "native" or config.decoder_width:
+        raise UsageError(f"{tokens} gives each image a grid of its own, for the trunk's own pooling and no decoder.")
 
 
 def build_vit(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTower:
@@ -133,7 +228,13 @@ def build_vit(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTower
     return _tower(build, config, embed_dim, config.image_size)
 
 
-def _tower(build: Callable[[], nn.Module], config: ImageTowerConfig, embed_dim: int, own_size: int) -> ImageTower:
+def _tower(
+    build: Callable[[], nn.Module],
+    config: ImageTowerConfig,
+    embed_dim: int,
+    own_size: int,
+    grid: TokenGrid | None = None,
+) -> ImageTower:
     trunk_info = probe_trunk(
         build,
         _features,
@@ -145,7 +246,10 @@ def _tower(build: Callable[[], nn.Module], config: ImageTowerConfig, embed_dim: 
     # built again, since the trial copy has no data
     trunk = build()
     has_class_token = getattr(trunk, "has_class_token", None)
-    tower = TimmTower(trunk, config, trunk_info, embed_dim, has_class_token=has_class_token is not False)
+    kind = AspectTower if grid else TimmTower
+    tower = kind(trunk, config, trunk_info, embed_dim, has_class_token=has_class_token is not False)
+    if isinstance(tower, AspectTower) and grid:
+        tower.grid = grid
     if config.initial_weights:
         tower.loaded_weights = load_initial_weights(trunk, config.initial_weights, config.tower)
     return tower

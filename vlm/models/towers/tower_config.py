@@ -130,6 +130,9 @@ class ImageTowerConfig:
     patch_dropout: float = 0.0
     """Fraction of patches dropped while training."""
 
+    tokens: int = 0
+    """Most patches of an image that keeps its shape, for timm's naflexvit; 0 shows squares."""
+
     residual: int = 0
     """Width of a hidden layer beside the projection, after a norm: a head for frozen trunks. 0 projects linearly."""
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlm.config import suggest
+from vlm.data.transforms import ASPECT
 from vlm.errors import UsageError
 from vlm.models.towers.bag_of_words import build_bag, build_ngram
 from vlm.models.towers.captioner import (
@@ -46,7 +47,7 @@ from vlm.models.towers.language_model import (
     complete_lm,
 )
 from vlm.models.towers.pooling import authors_gamma
-from vlm.models.towers.timm import build_timm, build_vit, parse_vit_size, timm_image_size, timm_preprocess
+from vlm.models.towers.timm import build_timm, build_vit, parse_vit_size, timm_grid, timm_image_size, timm_preprocess
 from vlm.models.towers.tower import ImageTower
 from vlm.models.towers.tower_config import (
     INITIAL_WEIGHTS_KEY,
@@ -157,7 +158,9 @@ def portable_config(config: dict[str, Any], weights: Mapping[str, Tensor]) -> di
 def _to_open_clip_config(config: ImageTowerConfig) -> dict[str, Any] | None:
     prefix, name = split_tower(config.tower)
     is_plain = prefix == "timm" and config.pooling == "native"
-    is_plain = is_plain and not (config.registers or config.overrides or config.residual or config.decoder_width)
+    is_plain = is_plain and not (
+        config.registers or config.overrides or config.residual or config.decoder_width or config.tokens
+    )
     if not is_plain or config.image_size != timm_image_size(name):
         return None
     return {
@@ -208,8 +211,9 @@ class TowerType:
 
 
 def _complete_timm(values: Values, name: str) -> Values:
+    grid = timm_grid(values, name)
     # values last, here and below: options and saved values win over what the name stands for
-    return {"image_size": timm_image_size(name), **values}
+    return {"image_size": grid.side if grid else timm_image_size(name), **values}
 
 
 def _complete_vit(values: Values, name: str) -> Values:
@@ -392,15 +396,16 @@ def uses_towers(config: Values) -> bool:
 
 
 def initial_preprocess(values: Values) -> dict[str, Any]:
-    """What the initial weights of an image tower were trained to see, as keys of a `preprocess_cfg`.
-
-    Empty where the weights are random, or do not say.
+    """What an image tower is to see, as keys of a `preprocess_cfg`: its grids, if images keep their shape, and what its
+    initial weights were trained to see, where they are not random and say it.
     """
-    if not values.get(INITIAL_WEIGHTS_KEY):
-        return {}
     prefix, name = split_tower(values.get(TOWER_KEY, ""))
+    grid = timm_grid(values, name) if prefix == "timm" else None
+    view: Values = {"resize_mode": ASPECT, "patch": grid.patch, "tokens": grid.tokens} if grid else {}
+    if not values.get(INITIAL_WEIGHTS_KEY):
+        return view
     if prefix == "timm":
-        return timm_preprocess(name)
+        return view | timm_preprocess(name)
     return hf_preprocess(values[INITIAL_WEIGHTS_KEY]) if prefix == "hf" else {}
 
 
