@@ -80,6 +80,8 @@ def main(arguments: Arguments) -> None:
     val = cut_shards(arguments.val, arguments.out / "val") if arguments.cut else arguments.val
     padding = measure_padding(arguments, train)
     rows: list[dict[str, Any]] = []
+    # the first run of a process imports what the others find
+    run_once(arguments, train, "squares-first", seed=0, steps=2)
     for seed in arguments.seeds:
         squares = run_once(arguments, train, f"squares-{seed}", seed)
         shapes = run_once(arguments, train, f"shapes-{seed}", seed)
@@ -127,8 +129,8 @@ def cut_photo(photo: bytes, numbers: bytes) -> bytes:
     return file.getvalue()
 
 
-def run_once(arguments: Arguments, train: str, name: str, seed: int) -> Path:
-    """A run of one side, trained unless it was already, with its processor seconds beside it."""
+def run_once(arguments: Arguments, train: str, name: str, seed: int, steps: int = -1) -> Path:
+    """A run of one side, trained unless it was already, with its processor seconds beside it. steps: -1 for epochs."""
     folder = arguments.out / name
     if (folder / "manifest.json").is_file():
         return folder
@@ -146,6 +148,7 @@ def run_once(arguments: Arguments, train: str, name: str, seed: int) -> Path:
         tokenizer=arguments.tokenizer,
         batch_size=arguments.batch_size,
         epochs=arguments.epochs,
+        steps=steps,
         seed=seed,
         workers=0,
     )
