@@ -181,7 +181,9 @@ def build_timm(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTowe
 def _check_grid(grid: TokenGrid, config: ImageTowerConfig) -> None:
     tokens = f"{config.tower}: tokens = {grid.tokens}"
     if config.image_size != grid.side:
-        raise UsageError(f"{tokens} makes the canvas {grid.side} pixels, not {config.image_size}; leave the size out.")
+        raise UsageError(
+            f"{tokens} makes the canvas {grid.side} pixels, not {config.image_size}; give --image-size 0, or none."
+        )
     if config.pooling != "native" or config.decoder_width:
         raise UsageError(f"{tokens} gives each image a grid of its own, for the trunk's own pooling and no decoder.")
 
