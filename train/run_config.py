@@ -479,6 +479,18 @@ class TrainConfig:
             raise UsageError(f"{rank}: adapters are small, and fsdp shards weights; leave one of them out.")
 
 
+def check_for_own_shapes(config: TrainConfig) -> None:
+    """Refuse what shows squares only to a model whose images keep their shape."""
+    problems = (
+        (config.loader.decode_on_device, "--decode-on-device fills squares"),
+        (config.objective.local_views, "--local-views are squares"),
+        (config.objective.teacher or "teacher_image" in config.loader.arrays, "a teacher sees squares"),
+    )
+    for is_problem, reason in problems:
+        if is_problem:
+            raise UsageError(f"Images keep their shape (the image tower's tokens=), and {reason}; leave one out.")
+
+
 def _minimum_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]:
     loader, safety, objective = config.loader, config.safety, config.objective
     return (

@@ -66,6 +66,7 @@ from vlm.train.run_config import (
     changed_config_error,
     changed_settings,
     check_allowed_keys,
+    check_for_own_shapes,
     disallowed_changes,
     free_on_resume,
 )
@@ -428,10 +429,7 @@ def _fresh_model(config: TrainConfig, device: torch.device, *, with_bias: bool) 
     preprocess: dict[str, Any] = {"size": size, **initial_preprocess(architecture["vision_cfg"])}
     if model_settings.resize_mode:
         if preprocess.get("resize_mode") == ASPECT:
-            raise UsageError(
-                f"resize_mode = {model_settings.resize_mode!r}: images keep their shape by the tower's tokens=; leave "
-                "one of them out."
-            )
+            raise UsageError("Images keep their shape by the tower's tokens=; leave --resize-mode out.")
         preprocess["resize_mode"] = model_settings.resize_mode
     view = EvalTransform.from_preprocess(preprocess)
     return VisionLanguageModel(
@@ -574,7 +572,8 @@ def build_collator(
     cached: CachedFeatures | None = None,
 ) -> TrainingCollator:
     """What the workers make of the samples of a batch. trim_text: cut its tokens to the longest caption."""
-    _check_view(config, model.view)
+    if model.view.grid:
+        check_for_own_shapes(config)
     view = RandomResizedCrop.of_view(model.view, scale=config.loader.crop_scale, flip=config.loader.flip)
     objective = config.objective
     num_crops = objective.local_views
@@ -599,19 +598,6 @@ def build_collator(
         caption_mix=caption_mix,
         cached=cached,
     )
-
-
-def _check_view(config: TrainConfig, view: EvalTransform) -> None:
-    """Refuse what shows images of one size only to a model whose images keep their shape."""
-    loader, objective = config.loader, config.objective
-    problems = (
-        (loader.decode_on_device, "--decode-on-device fills squares"),
-        (objective.local_views, "--local-views are squares"),
-        (objective.teacher or "teacher_image" in loader.arrays, "a teacher sees squares"),
-    )
-    for is_problem, reason in problems:
-        if view.grid and is_problem:
-            raise UsageError(f"Images keep their shape (the image tower's tokens=), and {reason}; leave one out.")
 
 
 def open_folder(
