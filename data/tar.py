@@ -312,6 +312,8 @@ def _scan(url: str, identity: FileIdentity, stamp: bytes, cache: ShardCache | No
     table = columns.table()
     metadata = {"format": _FORMAT, "identity": stamp, "tar_size": str(identity.size), "damage": damage}
     metadata["unused"] = json.dumps(dict(columns.unused.most_common(_MAX_UNUSED)))
+    # its keys as Python's texts, before the fingerprint makes others of them
+    del columns
     return table.replace_schema_metadata({**metadata, "fingerprint": _content_fingerprint(table)})
 
 

@@ -137,8 +137,7 @@ def _describe_recognition(source: PairSource, location: SourceLocation) -> Recog
     """What a source was taken for, two pairs of it, and which files no reading took."""
     described = source.describe()
     kind = str(described.get("kind", ""))
-    used = source.used_files() if isinstance(source, FileSource) else _tars(location)
-    unused = [name for name in location.names if name not in used]
+    unused = list(_unused_files(source, location))
     left_aside = Counter(endings(map(readable_text, unused)))
     return Recognition(
         kind=kind,
@@ -149,11 +148,17 @@ def _describe_recognition(source: PairSource, location: SourceLocation) -> Recog
     )
 
 
-def _tars(location: SourceLocation) -> set[str]:
-    """What a source of shards reads: the tars at the top of its folder, or all of its one tar."""
-    if isinstance(location.files, FolderFiles):
-        return set(_tars_at_top(location))
-    return set(location.names)
+def _unused_files(source: PairSource, location: SourceLocation) -> Iterator[str]:
+    """The files that no pair comes from; of shards those that are no tars at the top of a folder."""
+    if isinstance(source, FileSource):
+        used = source.used_files()
+    elif isinstance(location.files, FolderFiles):
+        used = set(_tars_at_top(location))
+    else:  # one tar, all of which is read
+        return
+    for name in location.names:
+        if name not in used:
+            yield name
 
 
 def _tars_at_top(location: SourceLocation) -> list[str]:
