@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sqlite3
+import threading
 import unicodedata
 import weakref
 import zlib
@@ -634,7 +635,7 @@ class Catalogue(EngineCatalogue):
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with _sqlite_errors_as_ours(self.path, is_writing=False):
+        with _sqlite_errors_as_ours(self.path, is_writing=False), self._file.lock:
             yield self._file.database
 
 
@@ -643,13 +644,14 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # a Python function in SQL waits for Python's lock, which a thread may hold that waits for SQLite's own
+        self.lock = threading.RLock()
         with _sqlite_errors_as_ours(path, is_writing=False):
             # not mode=ro: SQLite must roll back what a killed writer left half done before anything can be read
             uri = f"{path.absolute().as_uri()}?mode=rw"
             self.database = sqlite3.connect(
                 uri, uri=True, check_same_thread=False, timeout=_LOCK_TIMEOUT_SECONDS, isolation_level=None
             )
-            # closed with the last version that uses it, not with the first
             weakref.finalize(self, self.database.close)
             self.database.row_factory = sqlite3.Row
             self.database.execute("PRAGMA query_only = ON")
@@ -657,10 +659,9 @@ class _File:
             (page_bytes,) = self.database.execute("PRAGMA page_size").fetchone()
             self._identity = _identity(path)
         # SQLite itself notices a truncated file only when it reads the missing pages
-        if path.stat().st_size < pages * page_bytes:
-            raise VlmError(
-                f"{path} is damaged: {path.stat().st_size:,} of {pages * page_bytes:,} bytes; {REBUILD_HINT}."
-            )
+        size = path.stat().st_size
+        if size < pages * page_bytes:
+            raise VlmError(f"{path} is damaged: {size:,} of {pages * page_bytes:,} bytes; {REBUILD_HINT}.")
 
     def is_current(self) -> bool:
         return self.path.exists() and _identity(self.path) == self._identity
@@ -691,8 +692,7 @@ def read_entries(database: sqlite3.Connection, condition: str, *values: str | in
     metadata = json.loads(f"[{','.join([row['metadata'] for row in rows])}]")
     entries: list[Entry] = []
     for row, row_captions, row_metadata in zip(rows, captions, metadata, strict=True):
-        columns = dict(row)
-        del columns["digest"]
+        columns = {name: value for name, value in dict(row).items() if name != "digest"}
         columns["captions"] = {language: tuple(texts) for language, texts in row_captions.items()}
         columns["metadata"] = row_metadata
         entries.append(Entry(**columns))

@@ -78,7 +78,7 @@ def read_bitmap(stored: bytes) -> BitMap:
     """
     try:
         return BitMap.deserialize(stored)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise VlmError(f"A bitmap of the catalogue is damaged ({error}); {REBUILD_HINT}.") from error
 
 
@@ -162,8 +162,8 @@ def _field_faults(database: sqlite3.Connection, field: int, name: str) -> Iterat
 
 
 def _has_tables(database: sqlite3.Connection) -> bool:
-    query = "SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE name = 'bitmap_state')"
-    return bool(database.execute(query).fetchone()[0])
+    query = "SELECT COUNT(*) FROM sqlite_master WHERE name IN ('bitmaps', 'bitmap_state')"
+    return database.execute(query).fetchone()[0] == 2
 
 
 def _write_spans(

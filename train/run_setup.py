@@ -14,13 +14,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import convert_to_fp32
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from vlm.config import from_toml, read_toml, to_toml
@@ -57,7 +55,7 @@ from vlm.train.drift import DriftGuard, open_drift_guard
 from vlm.train.feature_cache import keep_locked_features, open_cached_features
 from vlm.train.metrics import FlopCounter
 from vlm.train.objectives.global_contrastive import GlobalAverages, inner_rate_at
-from vlm.train.objectives.loss_term import Inputs, LossOptions, Outputs
+from vlm.train.objectives.loss_term import LossOptions
 from vlm.train.optim import build_optimizer
 from vlm.train.run_config import (
     LoaderConfig,
@@ -72,7 +70,15 @@ from vlm.train.run_config import (
 )
 from vlm.train.state import TrainState
 from vlm.train.step_inputs import InputProvider, check_loss_inputs, needs_ema, open_input_providers
-from vlm.train.task import FORMER_NAMES, TrainingTask, WeightedLossTerm, build_task, lock_tower, parse_objective
+from vlm.train.task import (
+    FORMER_NAMES,
+    TrainingTask,
+    WeightedLossTerm,
+    build_task,
+    compute_in_bfloat16,
+    lock_tower,
+    parse_objective,
+)
 from vlm.train.teacher_views import check_text_embeddings, check_views
 from vlm.train.validation import Validation, keep_features, open_validation
 
@@ -489,23 +495,8 @@ def parallelize_task(accelerator: Accelerator, task: TrainingTask, config: Train
         apply_fsdp(task, accelerator.device, is_bf16=config.precision == "bf16")
         return task
     if config.precision == "bf16":
-        _autocast_forward(task, accelerator.device)
+        compute_in_bfloat16(task, accelerator.device, recomputes=config.model.gradient_checkpointing)
     return accelerator.prepare_model(task)
-
-
-def _autocast_forward(task: TrainingTask, device: torch.device) -> None:
-    """Let the task compute in bfloat16 where torch holds that to be safe, with outputs in single precision."""
-    forward = task.forward
-
-    def autocast_forward(inputs: Inputs, outputs: frozenset[str] | None = None) -> Outputs:
-        # the fused attention of torch 2.15 on a CPU takes three times as long backward in bfloat16, at 50 positions
-        attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-        with torch.autocast(device.type, dtype=torch.bfloat16), attention:
-            computed = forward(inputs, outputs)
-        return cast(Outputs, convert_to_fp32(computed))
-
-    # on the instance, inside of what DDP wraps
-    task.forward = autocast_forward
 
 
 # of mallopt in glibc's malloc.h

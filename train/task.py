@@ -13,14 +13,16 @@ from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
+from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlm.config import lookup
 from vlm.data.precomputed_features import IMAGE_FEATURE, TEXT_FEATURE
 from vlm.errors import UsageError
 from vlm.models.coca import can_caption_in_parallel, parallel_logits
-from vlm.models.model import VisionLanguageModel, is_captioner
+from vlm.models.model import VisionLanguageModel, is_captioner, longest_sequence
 from vlm.models.network import Network
 from vlm.models.patch_features import ImageTowerOutput, encode_crops, run_image_tower, supports_patch_features
 from vlm.models.towers.tower import batch_norm_layers, freeze_batch_norm
@@ -519,3 +521,19 @@ def _graph_leaves(outputs: Iterable[Tensor]) -> set[Tensor]:
 
 def _trainable_parameters(module: nn.Module) -> set[Tensor]:
     return {parameter for parameter in module.parameters() if parameter.requires_grad}
+
+
+def compute_in_bfloat16(task: TrainingTask, device: torch.device, *, recomputes: bool) -> None:
+    """Let the task compute in bfloat16 where torch holds that to be safe, with outputs in single precision."""
+    forward = task.forward
+    # of short sequences on a CPU plain attention is the quicker; what is computed again is outside of the context
+    is_plain = device.type == "cpu" and not recomputes and longest_sequence(task.network) <= 128
+
+    def autocast_forward(inputs: Inputs, outputs: frozenset[str] | None = None) -> Outputs:
+        attention = sdpa_kernel(SDPBackend.MATH) if is_plain else contextlib.nullcontext()
+        with torch.autocast(device.type, dtype=torch.bfloat16), attention:
+            computed = forward(inputs, outputs)
+        return cast(Outputs, convert_to_fp32(computed))
+
+    # on the instance, inside of what DDP wraps
+    task.forward = autocast_forward

@@ -1,11 +1,14 @@
 import contextlib
 import sqlite3
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.index.origin_fixture import make_origin
 from vlm.data.samples import Captions
 from vlm.errors import VlmError
 from vlm.index.catalog import Catalogue, copy_catalogue, roll_back_catalogue, update_catalogue, write_catalogue
@@ -181,3 +184,35 @@ def test_a_copy_is_what_writing_its_living_rows_gives(tmp_path: Path, changed: C
 def test_a_copy_of_other_rows_than_the_segments_have_is_refused(tmp_path: Path, changed: Catalogue) -> None:
     with pytest.raises(VlmError, match="different rows"):
         copy_catalogue(changed.path, tmp_path / "copy.sqlite", np.array([0, 2, 4, 5]), seen=2, generation=3)
+
+
+THREADS = """
+import sys, threading
+from pathlib import Path
+from vlm.index.catalog import Catalogue
+from vlm.index.filter_language import parse_filter
+catalogue = Catalogue(Path(sys.argv[1]))
+filters = ["t > '2024-05-01T00:00Z'", "s in ('w1', 'w2')", "s != 'w1' and t > '2024-09-01T00:00Z'"]
+expected = [len(catalogue.where(parse_filter(text))) for text in filters]
+answers = []
+def ask(first):
+    for number in range(first, first + 40):
+        answers.append(len(catalogue.where(parse_filter(filters[number % 3]))) == expected[number % 3])
+threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(len(answers), all(answers))
+"""
+
+
+def test_filters_with_times_answer_several_threads(tmp_path: Path) -> None:
+    path = tmp_path / "catalogue.sqlite"
+    origins = []
+    for number in range(1_000):
+        time = f"2024-{number % 12 + 1:02}-{number % 28 + 1:02}T{number % 24:02}:00:00+09:00"
+        origins.append((number, make_origin(f"u{number}", {"t": time, "s": f"w{number % 7}"})))
+    write_catalogue(path, origins)
+    # in a process of its own: threads that wait for each other's locks cannot be ended
+    command = [sys.executable, "-c", THREADS, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    assert done.stdout.split() == ["160", "True"]

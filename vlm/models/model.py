@@ -236,6 +236,15 @@ def enable_padding_trim(network: nn.Module, *, is_trained: bool = True) -> bool:
     return True
 
 
+def longest_sequence(network: nn.Module) -> int:
+    """The most positions that a tower has an embedding for; 0 if none has any, as towers of convolutions."""
+    lengths: list[int] = [0]
+    for name, parameter in network.named_parameters():
+        if name.endswith(("positional_embedding", "pos_embed")) and parameter.ndim > 1:
+            lengths.append(parameter.shape[-2])
+    return max(lengths)
+
+
 def _has_dropout(text: nn.Module) -> bool:
     return any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in text.modules())
 
