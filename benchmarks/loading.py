@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Loader throughput beside open_clip's training pipeline, Energon, mosaicml-streaming and bare decoding, in one run.
 
-    benchmarks/run loading [--shards clothing flickr8k] [--workers 1 2] [--json]
+    benchmarks/run loading [--shards clothing flickr8k] [--workers 1 2] [--before CHECKOUT] [--json]
 
 Every side has its own process; runs alternate, and medians and ratios of one session are reported. Energon and
 mosaicml-streaming read copies that they convert first; they get open_clip's crop by Pillow and torchvision, and
@@ -31,8 +31,7 @@ from parts.messages import say
 from parts.open_clip_environment import open_clip_python, shards_of
 
 BENCH = Path(__file__).parent / "parts"
-SIDES = ("ours", "ours, float", "open_clip", "Energon", "mosaicml", "bare", "bare, Pillow")
-OURS = SIDES[:2]
+OURS = ("ours", "ours, float")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +65,9 @@ class Arguments:
     plan_samples: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
     """Sizes of the simulated corpora; none skips them."""
 
+    before: Path | None = None
+    """Another checkout of this project, whose loader is one more side."""
+
     cache: Path = Path.home() / ".cache" / "vlm"
     """Folder of the environments (bench-open-clip, bench-streams) and the packed photos."""
 
@@ -76,11 +78,13 @@ class Arguments:
 class Side:
     """A process that measures on request (`parts/measure_server.py`). start_s: seconds until its imports were done."""
 
-    def __init__(self, python: Path | str, script: str) -> None:
+    def __init__(self, python: Path | str, script: str, *, checkout: Path | None = None) -> None:
         began = time.perf_counter()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        if checkout is not None:
+            environment["PYTHONPATH"] = str(checkout)
         self._process = subprocess.Popen(
-            [str(python), str(BENCH / script)],
+            [str(python), str(checkout / "benchmarks" / "parts" / script if checkout else BENCH / script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -121,6 +125,8 @@ def run(arguments: Arguments) -> None:
         "Energon": Side(others, "energon_pipeline.py"),
         "mosaicml": Side(others, "mosaicml_pipeline.py"),
     }
+    if arguments.before is not None:
+        theirs["before"] = Side(sys.executable, "vlm_loader.py", checkout=arguments.before.resolve())
     asked = {"ours": ours, "ours, float": ours, **theirs, "bare": bare, "bare, Pillow": bare}
     with tempfile.TemporaryDirectory() as copies:
         speed = [
@@ -148,10 +154,10 @@ def _compare(
 ) -> dict[str, Any]:
     request = {field: getattr(arguments, field) for field in ("size", "batch", "batches", "skip")}
     request["copies"] = copies
-    runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in asked}
     for repeat in range(arguments.repeats):
         say(f"{name}, {workers} workers, run {repeat + 1} of {arguments.repeats} …")
-        for side in SIDES:
+        for side in asked:
             how = {"is_float": side == "ours, float", "by_pillow": side == "bare, Pillow"}
             answer = asked[side].ask(**request, **how, shards=shards, workers=workers)
             runs[side].append(answer)
@@ -161,7 +167,8 @@ def _compare(
         f"{mine} / {other}": median(
             one["images_per_s"] / two["images_per_s"] for one, two in zip(runs[mine], runs[other], strict=True)
         )
-        for other in SIDES[len(OURS) :]
+        for other in asked
+        if other not in OURS
         for mine in OURS
     }
     return {"shards": name, "workers": workers, "medians": medians, "ratios": ratios, "runs": runs}
@@ -185,7 +192,7 @@ def _plan(samples: int) -> dict[str, Any]:
 def _show(result: dict[str, Any]) -> None:
     show_table(
         ["shards", "workers", "side", "images/s", *(f"{mine} ÷ it" for mine in OURS)],
-        [_speed_row(row, side) for row in result["speed"] for side in SIDES],
+        [_speed_row(row, side) for row in result["speed"] for side in row["medians"]],
         title="Images per second",
     )
     show_table(
