@@ -331,11 +331,12 @@ class TrainingCollator:
         first = 0
         num_bytes = 0
         for row, sample in enumerate(samples):
-            num_bytes += sample.image.num_bytes(resolution=self.view.resolution(sample.crop))
-            if num_bytes > _CACHE_BYTES and row > first:
+            row_bytes = sample.image.num_bytes(resolution=self.view.resolution(sample.crop))
+            if num_bytes + row_bytes > _CACHE_BYTES and row > first:
                 yield range(first, row)
                 first = row
                 num_bytes = 0
+            num_bytes += row_bytes
         yield range(first, len(samples))
 
     def _decode(self, sample: _DrawnSample) -> UInt8[Array, "H W 3"] | BadSample | None:

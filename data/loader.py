@@ -291,7 +291,8 @@ def _next(
     try:
         return next(produced)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        # an error inside a worker names the worker as well, but no process
+        if "DataLoader worker (pid" not in str(error):
             raise
         raise VlmError(
             f"A loader worker was killed ({error}), often out of memory: use fewer --workers or a smaller batch. "

@@ -523,7 +523,8 @@ def _read_batch(pairs: Iterator[Pair | BadSample]) -> tuple[list[Pair | BadSampl
         while len(batch) < _BATCH_PAIRS and num_bytes < _BATCH_BYTES:
             pair = next(pairs)
             batch.append(pair)
-            num_bytes += len(pair.image) if isinstance(pair, Pair) else 0
+            if isinstance(pair, Pair):
+                num_bytes += len(pair.image) + sum(array.nbytes for array in pair.arrays.values())
     except BaseException as error:
         return batch, error
     return batch, None

@@ -339,7 +339,9 @@ def unique_keys(given: Sequence[Any], names: Sequence[Any]) -> pa.StringArray:
             preferred = f"row-{number + 1}"
         else:
             stem = stems[number]
-            preferred = stem if num_with_stem[stem] == 1 else str(PurePosixPath(str(name)).with_suffix(""))
+            # a name of slashes and dots has no stem, and no suffix to leave out
+            is_told_apart = not stem or num_with_stem[stem] == 1
+            preferred = stem if is_told_apart else str(PurePosixPath(str(name)).with_suffix(""))
         preferred = readable_text(preferred).strip().strip("/")
         # keys are names of tar members, in which a slash would be a folder
         base = _NO_KEY.sub("-", preferred).replace(".", "_") or f"row-{number + 1}"

@@ -11,6 +11,7 @@ import pytest
 
 from vlm.data.sources.source import HAS_HEIF, FolderFiles, SceneOptions, SourceOptions, TarFiles
 from vlm.data.sources.source_registry import open_source
+from vlm.data.sources.table import unique_keys
 from vlm.errors import BadSample, UsageError, VlmError
 
 
@@ -295,3 +296,7 @@ def test_a_folder_of_heic_images_names_the_package_that_reads_them(tmp_path):
         (tmp_path / f"{number}.heic").write_bytes(b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic")
     with pytest.raises(UsageError, match="pip install pillow-heif"):
         open_source(str(tmp_path))
+
+
+def test_names_of_slashes_and_dots_make_keys_of_their_number():
+    assert unique_keys([None, None, "k"], ["/", ".", "a.jpg"]).to_pylist() == ["row-1", "row-2", "k"]
