@@ -32,7 +32,7 @@ def delete_facts(database: sqlite3.Connection, facts: set[Fact]) -> None:
     database.executemany(query, list(facts))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(changes=st.lists(FACTS, min_size=1, max_size=4), facts_per_bitmap=st.integers(1, 6), data=st.data())
 def test_bitmaps_follow_random_changes_of_facts(
     changes: list[set[Fact]], facts_per_bitmap: int, data: st.DataObject
