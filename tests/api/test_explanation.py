@@ -95,7 +95,7 @@ def test_a_model_without_maps_is_said_once(folder, caplog):
 
 def test_what_cannot_be_explained_is_refused(folder, photo, tmp_path, capsys):
     for words, message in (
-        ([str(photo), "a star", "--out", "why.jpg"], "ends in .png (a figure) or .npy"),
+        ([str(photo), "a star", "--out", "why.jpg"], "is written as .png (a figure) or .npy"),
         ([str(tmp_path / "none.png"), "a star"], "There is no image"),
         ([str(photo), " "], "The text is empty"),
         ([str(photo), "a star", "--shifts", "-1"], "shifts = -1 is out of range"),

@@ -48,16 +48,19 @@ def test_rows_whose_lists_a_copy_found_are_where_the_index_itself_puts_them(kind
     own, other = filled(kind, rows).index, filled(kind, rows[:0] if kind == "flat" else rows).index
     other.reset()
     copies = Copies()
-    add = gpu.make_add_function(other, copies)
-    add(rows[:1700])
-    add(rows[1700:])
-    assert other.ntotal == own.ntotal == len(rows)
-    np.testing.assert_array_equal(own.search(rows[:50], 10)[1], other.search(rows[:50], 10)[1])
-    assert len(copies.made) == (kind in WITH_LISTS and kind != "ivfpq")
-    other.reset()
+    has_copy = kind in WITH_LISTS and kind != "ivfpq"
+    # a graph is filled as a whole, to be put in order
+    if kind != "hnsw":
+        add = gpu.make_add_function(other, copies)
+        add(rows[:1700])
+        add(rows[1700:])
+        assert other.ntotal == own.ntotal == len(rows)
+        np.testing.assert_array_equal(own.search(rows[:50], 10)[1], other.search(rows[:50], 10)[1])
+        assert len(copies.made) == has_copy
+        other.reset()
     assert list(fill_index(other, lambda: [rows[:1700], rows[1700:]], len(rows), copies)) == [1700, 1300]
     np.testing.assert_array_equal(own.search(rows[:50], 10)[1], other.search(rows[:50], 10)[1])
-    assert len(copies.made) == 2 * (kind in WITH_LISTS and kind != "ivfpq")
+    assert len(copies.made) == 2 * has_copy
 
 
 @pytest.mark.parametrize("kind", WITH_LISTS)
