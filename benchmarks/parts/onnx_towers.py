@@ -16,8 +16,9 @@ from parts.messages import say
 from vlm.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, Tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.evaluation.onnx_int8 import quantize_tower
+from vlm.model_spec import ONNX_TEXT_TOWER
 from vlm.models.model import VisionLanguageModel, build_network, enable_padding_trim, fit_to_tokenizer, model_config
-from vlm.models.onnx_encoder import EMBEDDINGS, IMAGE_TOWER, PIXELS, TEXT_TOWER, TOKENS, OnnxFolder, open_session
+from vlm.models.onnx_encoder import EMBEDDINGS, IMAGE_TOWER, PIXELS, TOKENS, OnnxFolder, open_session
 from vlm.models.onnx_export import export_onnx
 
 TOWERS = {
@@ -104,7 +105,7 @@ def int8_speed(architecture: str) -> list[dict[str, Any]]:
         (Path(temporary) / "int8").mkdir()
         int8 = OnnxFolder(path=Path(temporary) / "int8", fingerprint="", details=float32.details)
         rows: list[dict[str, Any]] = []
-        for tower, name in ((IMAGE_TOWER, PIXELS), (TEXT_TOWER, TOKENS)):
+        for tower, name in ((IMAGE_TOWER, PIXELS), (ONNX_TEXT_TOWER, TOKENS)):
             quantize_tower(float32.path / tower, int8.path / tower)
             side = model.view.size
             for number in (1, 8):

@@ -1,5 +1,6 @@
 """`benchmarks/run --all`: ratios point the right way, failures are told, and docs and README are what was recorded."""
 
+import ast
 import importlib
 import json
 import sys
@@ -11,7 +12,8 @@ import pytest
 
 from vlm.errors import UsageError
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
 SPEED = {"runs": {side: [{"images_per_s": 20.0}] for side in ("ours", "ours, float")}}
 SPEED["runs"] |= {
     side: [{"images_per_s": 10.0}] for side in ("open_clip", "Energon", "mosaicml", "bare", "bare, Pillow")
@@ -168,3 +170,31 @@ def test_records_have_what_repeats_them(page):
         assert record["versions"]["torch"]
         assert record["ratios"], file.name
         assert not record["problem"]
+
+
+def names_of(path: Path) -> set[str]:
+    """What a module defines or imports at its top, without importing it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names.update(alias.asname or alias.name for alias in node.names)
+    return names
+
+
+def test_what_scripts_import_of_the_package_is_there() -> None:
+    missing: list[str] = []
+    for script in sorted([*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("scripts/*.py")]):
+        for node in ast.parse(script.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("vlm"):
+                continue
+            module = ROOT.joinpath(*str(node.module).split("."))
+            file = module.with_suffix(".py") if module.with_suffix(".py").is_file() else module / "__init__.py"
+            there = names_of(file) if file.is_file() else set()
+            for alias in node.names:
+                if alias.name not in there and not (module / f"{alias.name}.py").is_file():
+                    missing.append(f"{script.name}: {node.module}.{alias.name}")
+    assert not missing
