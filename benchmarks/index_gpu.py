@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from vlm.cli.main import print_error
 from vlm.console import show_json, show_table
 from vlm.errors import UsageError
 from vlm.index.ann.faiss_search import CopyToGpu, find_gpu, gpu_unavailable_reason, load_faiss
-from vlm.index.ann.gpu import gpu_unsupported_reason, make_add_function
-from vlm.index.ann.index_types import INDEX_TYPES, TuningParams
+from vlm.index.ann.gpu import gpu_unsupported_reason
+from vlm.index.ann.index_types import INDEX_TYPES, TuningParams, fill_index
 from vlm.index.autotune.query_sampling import QuerySet, SampledRows
 from vlm.tensor_types import Array, Float32
 
@@ -97,9 +98,8 @@ def _measure(
     began = time.perf_counter()
     index: Any = INDEX_TYPES[kind](rows, TuningParams(), copy).index
     trained = time.perf_counter()
-    add = make_add_function(index, copy)
-    for first in range(0, len(rows), _ROWS_AT_ONCE):
-        add(rows.vectors[first : first + _ROWS_AT_ONCE])
+    for _ in fill_index(index, lambda: np.array_split(rows.vectors, ceil(len(rows) / _ROWS_AT_ONCE)), len(rows), copy):
+        pass
     found = {"train s": f"{trained - began:.2f}", "add s": f"{time.perf_counter() - trained:.2f}"}
     reason = gpu_unsupported_reason(index) if copy else ""
     if reason:

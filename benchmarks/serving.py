@@ -3,12 +3,12 @@
 
     benchmarks/run serving [--rows 100000] [--clients 1 16 64] [--seconds 8] [--json]
 
-Both servers hold the same vectors in an HNSW graph of the same parameters, the same captions and the same weights, and
-get the same requests from the same generator, which shares the machine with them. Text queries are measured twice: all
-different, so that each is embedded, and drawn from 200 popular ones, as people ask. Ours is measured with
-micro-batching and without, and beside the bare calls of model and index, by wall time and by CPU time of the server.
-clip-retrieval's own client then asks ours. In two minutes: --rows 5000 --seconds 2 --clients 1 16. With towers as wide
-as ViT-B/32's text tower: --width 512 --layers 12.
+Both servers hold the same vectors in an HNSW graph of the same parameters (ours of float16 rows), the same captions and
+the same weights, and get the same requests from the same generator, which shares the machine with them. Text queries
+are measured twice: all different, so that each is embedded, and drawn from 200 popular ones, as people ask. Ours is
+measured with micro-batching and without, and beside the bare calls of model and index, by wall time and by CPU time of
+the server. clip-retrieval's own client then asks ours. In two minutes: --rows 5000 --seconds 2 --clients 1 16. With
+towers as wide as ViT-B/32's text tower: --width 512 --layers 12.
 """
 
 import base64

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from parts.open_clip_environment import open_clip_python
 from parts.quality_data import DataSet, prepare, write_network
 from parts.quality_plan import recipe_run
-from parts.quality_runs import Bench, Result, Run
+from parts.quality_runs import Bench, Run
 from parts.quality_settings import BATCH_SIZE
 
 THEIR_EPOCHS = {"fashion": 16, "flickr8k": 12}
@@ -113,11 +113,9 @@ def _rows(bench: Bench, data: DataSet, arguments: Arguments) -> list[Row]:
     theirs = recipe_run(data, "open_clip", seed=arguments.seed, epochs=their_epochs, batch_size=BATCH_SIZE)
     whole = ceil(open_preset(data.name).epochs)
     runs = [theirs]
-    runs += [_our_run(data, f"ours, {epochs} epochs", epochs, SHORT_RUN, arguments.seed) for epochs in arguments.epochs]
+    runs += [_our_run(data, "ours", epochs, SHORT_RUN, arguments.seed) for epochs in arguments.epochs]
     runs.append(_our_run(data, "ours, the preset", whole, (), arguments.seed))
-    results: list[Result] = []
-    for each in runs:
-        results.append(bench.result(each))
+    results = [bench.result(each) for each in runs]
     target = results[0]
     rows: list[Row] = []
     for each, result in zip(runs, results, strict=True):

@@ -692,7 +692,8 @@ def read_entries(database: sqlite3.Connection, condition: str, *values: str | in
     metadata = json.loads(f"[{','.join([row['metadata'] for row in rows])}]")
     entries: list[Entry] = []
     for row, row_captions, row_metadata in zip(rows, captions, metadata, strict=True):
-        columns = {name: value for name, value in dict(row).items() if name != "digest"}
+        columns = dict(row)
+        del columns["digest"]
         columns["captions"] = {language: tuple(texts) for language, texts in row_captions.items()}
         columns["metadata"] = row_metadata
         entries.append(Entry(**columns))

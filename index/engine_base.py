@@ -1,4 +1,4 @@
-"""The engine of an index, whichever has its rows: an open index, a snapshot of a version, its catalogue.
+"""What an open index is, whichever engine has its rows: a snapshot of a version, its catalogue; and what opens one.
 
 FAISS keeps the rows in the index folder (`vlm.index.reader`), Milvus in a collection (`vlm.index.milvus`).
 The manifest names the engine: every command and call that takes an index folder opens it by `open_engine_index` here.

@@ -550,7 +550,7 @@ class _Evaluator:
         for low, stored in self._query(query, self.fields[predicate.field], *values):
             frequent.add(low)
             bitmaps.append(read_bitmap(stored))
-        # of the others there are few facts, which the primary key finds
+        # of the others there are at most some 16,000 facts, which the primary key finds
         if rare := tuple(value for value in values if value not in frequent):
             sql, _ = _predicate_sql(IsIn(field=predicate.field, values=rare))
             bitmaps.append(self._rows_by_facts(predicate.field, sql, rare, allowed_rows))

@@ -60,7 +60,7 @@ def to_bitmap(rows: Int[Array, " N"]) -> BitMap:
         VlmError: one is too high.
     """
     if len(rows) and rows.max() > MAX_ROW:
-        raise VlmError(f"The row number {rows.max():,} is above {MAX_ROW:,}, the highest there can be: build anew.")
+        raise VlmError(f"The row number {rows.max():,} is above {MAX_ROW:,}, the highest there can be; {REBUILD_HINT}.")
     # from an array of Python's own pyroaring takes the numbers as they lie; it asks one of numpy for each of them
     return BitMap(array("I", rows.astype(np.uint32).tobytes()))
 

@@ -60,7 +60,7 @@ _NOT_REPEATED = -1
 
 
 class Vectors:
-    """The float16 rows of a segment, memory-mapped; they are returned as float32 of exactly unit length."""
+    """The float16 rows of a segment, memory-mapped; returned as float32 of exactly unit length, unless `is_rounded`."""
 
     def __init__(self, path: Path, rows: int, dimension: int) -> None:
         self.path = path
@@ -298,11 +298,16 @@ class SegmentReader:
         reason = gpu_unsupported_reason(self.index)
         if not reason and self.on_gpu is None:
             try:
-                # with lists in memory, which are those that FAISS copies
-                self.on_gpu = copy(_read_index(self._path, self.meta, self.index.d, has_array_lists=False))
-            except (RuntimeError, FileNotFoundError) as error:  # raised by CUDA, mostly out of memory
+                self.on_gpu = copy(self.index_in_memory())
+            # CUDA is mostly out of memory; the file may be gone since a later change
+            except (RuntimeError, FileNotFoundError) as error:
                 reason = f"it cannot be copied there: {str(error).splitlines()[0]}"
         return reason
+
+    def index_in_memory(self) -> "faiss.Index":
+        """The FAISS index with its lists in memory, as FAISS copies and writes them."""
+        is_in_memory = not INDEX_TYPES[self.meta.kind].has_array_lists
+        return self.index if is_in_memory else _read_index(self._path, self.meta, self.index.d, has_array_lists=False)
 
     def rows_at(self, positions: Int64[Array, "Q K"]) -> Int64[Array, "Q K"]:
         """The catalogue's rows at these positions; for position -1 any number."""
@@ -604,10 +609,8 @@ def find_duplicate_rows(rows: Float16[Array, "N D"]) -> Int64[Array, "M 2"]:
     for begin in range(0, len(candidates), _HASHED_AT_ONCE):
         block = slice(begin, begin + _HASHED_AT_ONCE)
         is_equal[block] = (_bits(rows[candidates[block]]) == _bits(rows[leaders[block]])).all(axis=1)
-    candidates = candidates[is_equal]
-    leaders = leaders[is_equal]
-    sizes = np.bincount(leaders)
-    is_repeated = sizes[leaders] > 1
+    candidates, leaders = candidates[is_equal], leaders[is_equal]
+    is_repeated = np.bincount(leaders)[leaders] > 1
     return np.stack([candidates[is_repeated], leaders[is_repeated]], axis=1)
 
 
@@ -666,8 +669,7 @@ class DuplicateRows:
         has_duplicates = (leaders >= 0).any(axis=1)
         if not has_duplicates.any():
             return scores, positions
-        scores = scores.copy()
-        positions = positions.copy()
+        scores, positions = scores.copy(), positions.copy()
         for query in np.flatnonzero(has_duplicates).tolist():
             scores[query], positions[query] = self._complete(scores[query], positions[query], leaders[query], mask)
         return scores, positions
@@ -686,7 +688,8 @@ class DuplicateRows:
         groups, first = np.unique(leaders, return_index=True)
         for leader, best in zip(groups.tolist(), first.tolist(), strict=True):
             if leader >= 0:
-                members = self._members_of(leader)
+                begin, end = np.searchsorted(self._member_leaders, [leader, leader + 1])
+                members = self._members[begin:end]
                 members = (members if mask is None else members[mask[members]])[: len(scores)]
                 all_positions.append(members)
                 all_scores.append(np.full(len(members), scores[best]))
@@ -694,7 +697,3 @@ class DuplicateRows:
         places = np.concatenate(all_positions)
         order = np.lexsort((places, -completed))[: len(scores)]
         return completed[order], places[order]
-
-    def _members_of(self, leader: int) -> Int64[Array, " _"]:
-        begin, end = np.searchsorted(self._member_leaders, [leader, leader + 1])
-        return self._members[begin:end]

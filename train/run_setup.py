@@ -146,7 +146,7 @@ class Session:
         return inner_rate_at(epoch, lowest=config.objective.inner_rate, decay_epochs=decay_epochs)
 
     def open_batches(self) -> Iterator[list[TrainingBatch]]:
-        """The batches from the state's position to the run's end, each as its micro-batches."""
+        """The batches from the state's position to the run's end, each as its micro-batches; the next empties it."""
         config, state = self.config, self.state
         plan = BatchSampler(
             order=self.corpus.order,
@@ -176,7 +176,7 @@ class Session:
             stream = iter(DevicePrefetcher(stream, self.accelerator.device, view))
         while micro_batches := list(itertools.islice(stream, self.num_micro_batches)):
             yield micro_batches
-            # let go before the next ones come: two batches at once are what a large one takes most memory for
+            # the images of two large batches at once would take twice the memory
             micro_batches.clear()
 
 

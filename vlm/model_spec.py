@@ -94,8 +94,7 @@ def export_folder(spec: str) -> Path:
     """Where the export of a MODEL lies: in its model folder, or for a name of open_clip or the Hub in the cache."""
     path = Path(spec.removeprefix(LOCAL_PREFIX))
     if not path.is_dir():
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return base / "vlm" / ONNX / re.sub(r"[^\w.-]+", "--", spec)
+        return _user_cache() / "vlm" / ONNX / re.sub(r"[^\w.-]+", "--", spec)
     if is_onnx_folder(path):
         return path
     return source_folder(path) / ONNX
@@ -176,8 +175,11 @@ def _member(distribution: metadata.Distribution, package: WeightPackage, name: s
 
 
 def _cache_folder() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("VLM_WEIGHTS") or base / "vlm" / "weights")
+    return Path(os.environ.get("VLM_WEIGHTS") or _user_cache() / "vlm" / "weights")
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _unzip(archive: Path, folder: Path) -> None:

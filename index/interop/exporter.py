@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from vlm.errors import UsageError
 from vlm.files import atomic_folder, atomic_write, check_not_exists, compute_fingerprint, json_text
-from vlm.index.ann.faiss_search import load_faiss, set_search_effort, to_float32
-from vlm.index.ann.index_types import INDEX_TYPES, TuningParams, fall_back_to_flat
+from vlm.index.ann.faiss_search import load_faiss, to_float32
+from vlm.index.ann.index_types import TuningParams, fall_back_to_flat
 from vlm.index.catalog import Catalogue, Entry
 from vlm.index.embeddings_folder import normalize_rows
 from vlm.index.filter_language import parse_filter
@@ -238,14 +238,11 @@ def _write_faiss(folder: Path, export_rows: _RowsToExport) -> str:
         return _build_faiss(folder, export_rows)
     # positions are the ids then, as in the table
     faiss = load_faiss()
-    meta = view.segment.meta
-    # read whole: an open index may have its lists on disk, for which FAISS would write the path of the segment's file
-    index = faiss.read_index(str(export_rows.snapshot.folder / meta.index_file))
-    if name := INDEX_TYPES[meta.kind].effort:
-        set_search_effort(index, meta.parameters[name])
+    # of lists on disk FAISS would write the path of the segment's file
+    index = view.segment.index_in_memory()
     with atomic_write(folder / FAISS_FILE) as file:
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
-    return meta.kind
+    return view.segment.meta.kind
 
 
 def _build_faiss(folder: Path, export_rows: _RowsToExport) -> str:

@@ -22,7 +22,7 @@ from vlm.config import suggest
 from vlm.data.samples import Captions
 from vlm.data.sources.table_rows import exact_value
 from vlm.errors import UsageError, VlmError
-from vlm.index.ann.faiss_search import load_faiss, unwrap_transforms
+from vlm.index.ann.faiss_search import load_faiss
 from vlm.index.embeddings_folder import PARTS_JSONL, Modality, Origin
 from vlm.tensor_types import Array, Float, Float32, Int64
 
@@ -245,9 +245,10 @@ class FaissRows:
     @property
     def is_exact(self) -> bool:
         """Whether the index stores vectors, if only in float16, not codes of them."""
-        graph = unwrap_transforms(self.index)
-        if isinstance(graph, load_faiss().IndexHNSWSQ):
-            return load_faiss().downcast_index(graph.storage).sq.qtype == load_faiss().ScalarQuantizer.QT_fp16
+        faiss = load_faiss()
+        inner = _without_ids(self.index)
+        if isinstance(inner, faiss.IndexHNSWSQ):
+            return faiss.downcast_index(inner.storage).sq.qtype == faiss.ScalarQuantizer.QT_fp16
         return bool(_KEEPS_VECTORS.search(self.kind))
 
     def rows(self, first: int, last: int) -> Float32[Array, "N D"]:
@@ -258,7 +259,7 @@ class FaissRows:
         """
         try:
             if self.places is not None:
-                return unwrap_transforms(self.index).reconstruct_batch(self.places[first:last])
+                return _without_ids(self.index).reconstruct_batch(self.places[first:last])
             return self.index.reconstruct_batch(np.arange(first, last))
         except RuntimeError as error:
             raise VlmError(
@@ -288,8 +289,15 @@ def open_faiss(path: Path) -> FaissRows:
         places = np.argsort(ids)
         # its rows in another order: each number is the id of one
         if np.array_equal(ids[places], np.arange(len(ids))):
-            return FaissRows(path, type(unwrap_transforms(outer)).__name__, index, places)
+            return FaissRows(path, type(_without_ids(index)).__name__, index, places)
     return FaissRows(path, type(outer).__name__, index)
+
+
+def _without_ids(index: Any) -> Any:
+    """The index behind a map of ids, which lives as long as `index`; transforms stay, for rows are those put in."""
+    faiss = load_faiss()
+    outer = faiss.downcast_index(index)
+    return faiss.downcast_index(outer.index) if isinstance(outer, faiss.IndexIDMap) else outer
 
 
 def _last_line(error: RuntimeError) -> str:

@@ -69,6 +69,19 @@ def test_an_index_of_autofaiss_alone_gives_numbered_rows(tmp_path, spec):
     assert bool(summary.approximate) == (spec not in ("Flat", "HNSW8", "IVF4,Flat"))
 
 
+@pytest.mark.parametrize("spec", ["IDMap,Flat", f"IDMap,RR{D},Flat", f"IDMap2,RR{D},Flat"])
+def test_rows_in_another_order_come_back_as_they_were_put_in(tmp_path, spec):
+    rows = unit(40, dtype="float32")
+    order = np.random.default_rng(0).permutation(len(rows))
+    index = faiss.index_factory(D, spec, faiss.METRIC_INNER_PRODUCT)
+    index.train(rows)
+    # row i has the number order[i]
+    index.add_with_ids(rows, order)
+    faiss.write_index(index, str(tmp_path / "knn.index"))
+    assert bring(tmp_path / "knn.index", tmp_path / "out").rows == 40
+    np.testing.assert_allclose(rows_in(tmp_path / "out")[order], rows, atol=1e-3)
+
+
 def test_several_tables_tell_about_the_rows_of_one_file(tmp_path):
     rows = unit(9, dtype="float32")
     write_faiss(tmp_path / "cr" / "image.index", rows)

@@ -474,7 +474,7 @@ logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "torch", "onnx"]
 BACKENDS: tuple[Backend, ...] = ("auto", "torch", "onnx")
-VARIABLE = "VLM_BACKEND"
+BACKEND_VARIABLE = "VLM_BACKEND"
 QueryEncoder = Encoder | OnnxEncoder
 
 
@@ -484,11 +484,11 @@ def chosen_backend(option: str = "") -> Backend:
     Raises:
         UsageError: it is none of them.
     """
-    name = option or os.environ.get(VARIABLE, "") or "auto"
+    name = option or os.environ.get(BACKEND_VARIABLE, "") or "auto"
     for backend in BACKENDS:
         if name == backend:
             return backend
-    raise UsageError(f"There is no backend {name!r} ({VARIABLE}); {suggest(name, BACKENDS)}.")
+    raise UsageError(f"There is no backend {name!r} ({BACKEND_VARIABLE}); {suggest(name, BACKENDS)}.")
 
 
 def load_encoder(spec: str) -> Encoder:
