@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -254,10 +254,6 @@ class ArrangedOrder:
 
     def _cache(self, name: str) -> LruCache:
         return self._caches.setdefault(name, LruCache(_CACHED_BLOCKS))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # each process fills its own
-        return self.__dict__ | {"_caches": {}}
 
 
 def _all_identities(order: ArrangedOrder, visits: Iterable[Visit]) -> Iterator[int]:

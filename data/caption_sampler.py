@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vlm.data.sampler import LruCache
 from vlm.data.samples import (
@@ -298,10 +298,6 @@ class CaptionMix:
         if not texts:
             return None
         return SampledCaption(texts[random_below(rng, len(texts))], SIDECAR_LANGUAGE, -1)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # opened again in each process
-        return {"shards": self.shards, "_tables": LruCache(_MAX_OPEN_TABLES)}
 
 
 def read_captions(path: Path) -> "pyarrow.Table":

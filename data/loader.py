@@ -15,7 +15,8 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -25,10 +26,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from typing_extensions import override
 
 from vlm.data.samples import SampleIndex
-from vlm.data.shard_cache import Prefetcher, ShardCache
-from vlm.data.shards import BatchPlan, Collator, ShardSet
+from vlm.data.shard_cache import ShardCache
+from vlm.data.shards import BatchPlan, Collator, ShardSet, prefetching
 from vlm.errors import UsageError, VlmError
-from vlm.storage import needs_cache
 from vlm.tensor_types import Array, Tensor, UInt8
 
 _PAGE = mmap.PAGESIZE
@@ -191,11 +191,8 @@ class _Batches(IterableDataset[Any], Generic[BatchT]):
     def _init_thread(self) -> None:
         # a number of its own in each thread
         torch.set_num_threads(1)
-        # and shards of its own: a set closes files that have not been used for long
-        shards = _WorkerShards(self.shards.shards, self.shards.cache)
-        shards.buffers = self.shards.buffers
-        shards.worker = self.shards.worker
-        self._of_thread.shards = shards
+        # and shards of its own: a set closes files that have not been used for long, and a copy has none open
+        self._of_thread.shards = copy(self.shards)
 
     def _make_in_thread(self, sample_indices: list[SampleIndex]) -> "BatchT | _SharedBatch[BatchT] | _WorkerError":
         return self._make(sample_indices, self._of_thread.shards)
@@ -268,11 +265,8 @@ def _receive(
     numbers: range,
 ) -> Generator[BatchT, None, None]:
     """The batches, or the error that ended a worker; shards needed soon are fetched meanwhile."""
-    # nothing is fetched of shards that are read where they lie
-    is_any_cached = any(map(needs_cache, shard_set.shards))
-    fetching = Prefetcher(shard_set.cache, shard_set.shards) if is_any_cached else nullcontext()
     # without workers this process reads the shards itself; a service streams batches as long as it lives
-    with closing(shard_set), fetching as prefetcher:
+    with closing(shard_set), prefetching(shard_set.shards, shard_set.cache) as prefetcher:
         for number in numbers:
             if prefetcher is not None:
                 prefetcher.request(plan.upcoming_shards(number))

@@ -217,10 +217,6 @@ class SampleOrder:
     def _cache(self, name: str, size: int) -> "LruCache":
         return self._caches.setdefault(name, LruCache(size))
 
-    def __getstate__(self) -> dict[str, Any]:
-        # a worker makes its own; the permutations of a window are up to 256 KiB each
-        return self.__dict__ | {"_caches": {}}
-
 
 class LruCache:
     """The values used last, by key; threads may share it."""
@@ -240,6 +236,10 @@ class LruCache:
                 if len(self._values) > self._size:
                     self._values.popitem(last=False)
             return self._values[key]
+
+    def __reduce__(self) -> "tuple[type[LruCache], tuple[int]]":
+        # each process fills its own: a lock cannot be sent, and the values may be large
+        return LruCache, (self._size,)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

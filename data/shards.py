@@ -45,6 +45,7 @@ __all__ = [
     "expand_shards",
     "is_remote",
     "join_shards",
+    "prefetching",
     "shards_fingerprint",
     "track_indexing",
 ]
@@ -327,6 +328,11 @@ class Collator(Protocol[BatchT]):
         ...
 
 
+def prefetching(shards: Sequence[str], cache: ShardCache | None = None) -> Prefetcher | nullcontext[None]:
+    """What fetches the shards needed soon, to be entered; None where all are read where they lie."""
+    return Prefetcher(cache, shards) if any(map(needs_cache, shards)) else nullcontext()
+
+
 def batches_by_threads(
     plan: BatchPlan, shards: Sequence[str], collate: Collator[BatchT], *, numbers: range, threads: int = 1
 ) -> Iterator[BatchT]:
@@ -350,12 +356,10 @@ def batches_by_threads(
             opened.append(of_thread.shards)
         return collate(plan[number], of_thread.shards)
 
-    # nothing is fetched of shards that are read where they lie
-    fetching = Prefetcher(None, tuple(shards)) if any(map(needs_cache, shards)) else nullcontext()
     pending: deque[Future[BatchT]] = deque()
     pool = ThreadPoolExecutor(threads, "batches") if threads else None
     try:
-        with fetching as prefetcher:
+        with prefetching(shards) as prefetcher:
             for number in numbers:
                 if prefetcher is not None:
                     prefetcher.request(plan.upcoming_shards(number))

@@ -1,5 +1,6 @@
 """Captions of a sidecar mixed in while streaming: as often as asked, for the right samples, changing nothing else."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from pyarrow import parquet
 
 import vlm
 from tests.data.tar_fixture import write_tar
-from vlm.data.caption_sampler import CaptionSampler
+from vlm.data.caption_sampler import CaptionMix, CaptionSampler
 from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.corpus import Corpus, open_corpus, read_sources
 from vlm.data.loader import stream_batches
@@ -187,3 +188,8 @@ def test_mixtures_with_a_slip_are_refused(shards, tmp_path, source, message):
 def test_features_of_the_shards_own_captions_do_not_go_with_new_ones(shards, sidecar):
     with pytest.raises(UsageError, match="teacher_text have rows for the captions in the shards alone"):
         stream(open_mixed(shards, sidecar), arrays=PrecomputedFeatures(names=("teacher_text",)))
+
+
+def test_a_mix_can_be_sent_to_another_process():
+    mix = CaptionMix(shards=(None,))
+    assert pickle.loads(pickle.dumps(mix)) == mix

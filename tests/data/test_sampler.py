@@ -1,3 +1,4 @@
+import pickle
 from collections import Counter
 from fractions import Fraction
 
@@ -179,3 +180,11 @@ def test_a_mixture_costs_no_memory_however_large_its_shares_are():
     big = SampleOrder(counts=(10**9,) * 7, window=64)
     mixture = Mixture(orders=(big, big), shares=(3 * 10**11 + 1, 7 * 10**11), num_samples=10**12)
     assert {visit.epoch for visit in mixture.locate([10**15])} == {mixture.source_positions(10**15)[0] // (7 * 10**9)}
+
+
+def test_an_order_is_sent_to_another_process_without_the_permutations_that_it_holds():
+    order = SampleOrder(counts=(50_000,), seed=3)
+    visits = order.locate(range(20))
+    sent = pickle.dumps(order)
+    assert len(sent) < 2_000
+    assert pickle.loads(sent).locate(range(20)) == visits
