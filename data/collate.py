@@ -5,7 +5,7 @@
 and leaves out what cannot be used.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, starmap
 from typing import Any, NamedTuple
@@ -171,8 +171,6 @@ NO_IDENTITY = 0
 """Stands for a thing that equals no other."""
 _NO_IDENTITIES = (NO_IDENTITY, NO_IDENTITY)
 _NO_FEATURES: dict[str, np.ndarray] = {}
-# of pixels decoded before they are resized: half of a common second-level cache
-_CACHE_BYTES = 512 << 10
 
 
 class _DrawnSample(NamedTuple):
@@ -271,13 +269,8 @@ class TrainingCollator:
 
         # A damaged image may show only now, so that its replacement is read and drawn in between.
         buffers = self._allocate(len(sample_indices), shards)
-        for rows in self._decoded_together(samples):
-            # likewise a few images are decoded before they are resized, as many as fit into the processor's cache
-            decoded = [self._decode(samples[row]) for row in rows]
-            for row, pixels in zip(rows, decoded, strict=True):
-                samples[row] = self._show_usable(
-                    row, sample_indices[row], samples[row], pixels, buffers, shards, failures[row]
-                )
+        for row, sample_index in enumerate(sample_indices):
+            samples[row] = self._decode_usable(row, sample_index, samples[row], buffers, shards, failures[row])
 
         keys: list[str] = []
         drawn: list[SampledCaption] = []
@@ -326,49 +319,23 @@ class TrainingCollator:
             f"{failures[-1].detail}. See vlm inspect; --max-bad-in-a-row raises the limit."
         )
 
-    def _decoded_together(self, samples: list[_DrawnSample]) -> Iterator[range]:
-        """The rows of the batch in stretches whose pixels are held at once; a large image is one of its own."""
-        first = 0
-        num_bytes = 0
-        for row, sample in enumerate(samples):
-            row_bytes = sample.image.num_bytes(resolution=self.view.resolution(sample.crop))
-            if num_bytes + row_bytes > _CACHE_BYTES and row > first:
-                yield range(first, row)
-                first = row
-                num_bytes = 0
-            num_bytes += row_bytes
-        yield range(first, len(samples))
-
-    def _decode(self, sample: _DrawnSample) -> UInt8[Array, "H W 3"] | BadSample | None:
-        """Its pixels as its view needs them, or why there are none; None where they are not decoded here."""
-        if not self._decodes:
-            return None
-        try:
-            return sample.image.pixels(resolution=self.view.resolution(sample.crop))
-        except BadSample as error:
-            return error
-
-    def _show_usable(
+    def _decode_usable(
         self,
         row: int,
         requested: SampleIndex,
         sample: _DrawnSample,
-        pixels: UInt8[Array, "H W 3"] | BadSample | None,
         buffers: _ImageBuffers,
         shards: ShardSet,
         failures: list[SampleFailure],
     ) -> _DrawnSample:
-        """The sample that is shown in a row of the buffers: this one, or the first after it that decodes."""
+        """The sample that was decoded into a row of the buffers: this one, or the first after it that decodes."""
         while True:
             try:
-                if isinstance(pixels, BadSample):
-                    raise pixels
-                self._show(row, sample, pixels, buffers)
+                self._decode_into(row, sample, buffers)
             except BadSample as error:
                 failures.append(sample_failure(sample.used, error, shards, is_replacement=sample.attempt > 0))
                 # from the next attempt on: beginning at 0 again would try the same damaged samples for ever
                 sample = self._read_usable(requested, shards, failures, sample.attempt + 1)
-                pixels = self._decode(sample)
             else:
                 return sample
 
@@ -422,15 +389,14 @@ class TrainingCollator:
         """The generator of one visit; a purpose of its own keeps an extra draw from shifting the others."""
         return SampleRng(self.seed, sample_index.epoch, key, sample_index.repeat, purpose)
 
-    def _show(
-        self, row: int, sample: _DrawnSample, pixels: UInt8[Array, "H W 3"] | None, buffers: _ImageBuffers
-    ) -> None:
-        """Put a sample's view, made of its pixels, into a row of the buffers."""
+    def _decode_into(self, row: int, sample: _DrawnSample, buffers: _ImageBuffers) -> None:
+        """Put a sample's view into a row of the buffers."""
         image = sample.image
-        if pixels is None:
+        if not self._decodes:
             if self.decode_on_device:
                 buffers.prepared.append(prepare_view(image, sample.crop, self.view))
             return
+        pixels = image.pixels(resolution=self.view.resolution(sample.crop))
         self.view.cut(image, pixels, sample.crop, out=buffers.images[row])
         if self.local and buffers.local is not None:
             crops = self.local.draw(image.width, image.height, self._rng_for(sample.used, sample.key, "local"))

@@ -36,14 +36,26 @@ _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _VERIFIED_RESOLUTION = 1 / 8
 
 _ORIENTATION = 0x0112
-_JPEG_BEGINS, _MARKER, _SCAN, _APP1 = b"\xff\xd8\xff", 0xFF, 0xDA, 0xE1
+_JPEG_BEGINS = b"\xff\xd8\xff"
+# what every marker begins with, and the markers by their second byte
+_MARKER = 0xFF
+_SCAN = 0xDA
+_APP1 = 0xE1
+_APP2 = 0xE2
 # Huffman-coded frames: baseline, extended and progressive; the bytes of such a segment up to its number of colours
-_FRAMES, _FRAME_BYTES = frozenset({0xC0, 0xC1, 0xC2}), 10
+_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
+_FRAME_BYTES = 10
 _NUM_COLOURS = frozenset({1, 3})
 # tables, restart interval, APP segments and comments; of any other marker libjpeg might read on elsewhere than we
 _SKIPPED_MARKERS = frozenset({0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE})
 # a JPEG spends a bit at least on each block of 8 by 8; one that promises more pixels is cut, and not worth its memory
 _MAX_PIXELS_PER_BYTE = 1024
+# JPEG's segments before the first scan of which Pillow reads the content, and the least bytes that it needs of them;
+# of a shorter one it makes no image, which libjpeg does. EXIF and Photoshop's settings are for Pillow to judge.
+_LEAST_BYTES = {0xE0: 16, 0xEE: 14, _APP1: 1 << 16, 0xED: 1 << 16}
+# an APP2 segment is usual where it holds a colour profile, whose number and count need two more bytes
+_PROFILE_BEGINS = b"ICC_PROFILE\0"
+_LEAST_PROFILE_BYTES = 16
 # of images decoded whole but shrunk to this share, chroma is simply repeated (20% faster): the resizing smooths it
 _FAST_UPSAMPLING_BELOW = 0.75
 
@@ -60,7 +72,8 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     8: lambda stored: stored.transpose(1, 0, 2)[::-1],
 }
 # those of them that have the stored end on the left, and at the top
-_OVERHANG_LEFT, _OVERHANG_TOP = frozenset({2, 3, 6, 7}), frozenset({3, 4, 7, 8})
+_OVERHANG_LEFT = frozenset({2, 3, 6, 7})
+_OVERHANG_TOP = frozenset({3, 4, 7, 8})
 
 
 class EncodedImage:
@@ -76,7 +89,8 @@ class EncodedImage:
     __slots__ = ("_stored", "data", "height", "is_jpeg", "orientation", "width")
 
     def __init__(self, data: bytes) -> None:
-        self.data, self.orientation = data, 1
+        self.data = data
+        self.orientation = 1
         header = _read_jpeg_header(data)
         self.is_jpeg = header is not None
         if header is None or header[2]:
@@ -105,11 +119,6 @@ class EncodedImage:
             else:
                 return _TURNS[self.orientation](stored) if self.orientation in _TURNS else stored
         return np.array(to_rgb(open_image(self.data), resolution=resolution))
-
-    def num_bytes(self, *, resolution: float = 1.0) -> int:
-        """About how much memory its pixels take at a resolution."""
-        step = reduction(resolution) if self.is_jpeg else 1
-        return 3 * self.width * self.height // (step * step)
 
     def reduction_of(self, pixels: UInt8[Array, "H W 3"]) -> int:
         """Pixels of the image to one of these that were decoded from it: 1, 2, 4 or 8."""
@@ -236,7 +245,9 @@ def _read_jpeg_header(data: bytes) -> tuple[int, int, bool] | None:
     if not data.startswith(_JPEG_BEGINS):
         return None
     width = height = 0
-    place, end, may_be_turned = 2, len(data) - _FRAME_BYTES, False
+    place = 2
+    end = len(data) - _FRAME_BYTES
+    may_be_turned = False
     while place < end and data[place] == _MARKER:
         marker = data[place + 1]
         # the most frequent first: there are six to ten of them before a frame, and this runs for every sample
@@ -318,12 +329,6 @@ def storable_image(image: bytes, *, verify: bool) -> tuple[str, bytes]:
     return "png", file.getvalue()
 
 
-# JPEG's segments before the first scan of which Pillow reads the content, and the least bytes that it needs of them;
-# of a shorter one it makes no image, which libjpeg does. EXIF and Photoshop's settings are for Pillow to judge.
-_LEAST_BYTES = {0xE0: 16, 0xEE: 14, 0xE1: 1 << 16, 0xED: 1 << 16}
-_PROFILES, _PROFILE, _LEAST_PROFILE_BYTES = 0xE2, b"ICC_PROFILE\0", 16
-
-
 def _is_sound_jpeg(image: bytes) -> bool:
     """Whether it is a JPEG of nothing unusual that decodes without a warning; if not, Pillow says whether it is usable.
 
@@ -347,7 +352,9 @@ def _has_usual_segments(image: bytes) -> bool:
         size = image[place + 2] << 8 | image[place + 3]
         if size < _LEAST_BYTES.get(marker, 2):
             return False
-        if marker == _PROFILES and not (image.startswith(_PROFILE, place + 4) and size >= _LEAST_PROFILE_BYTES):
-            return False
+        if marker == _APP2:
+            is_profile = image.startswith(_PROFILE_BEGINS, place + 4)
+            if not is_profile or size < _LEAST_PROFILE_BYTES:
+                return False
         place += 2 + size
     return False
