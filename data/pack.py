@@ -372,18 +372,18 @@ class _PackJob:
             sample = encode_pair(pair, verify=self._config.verify, columns=self.columns)
         except BadSample as error:
             return error
-        texts = list(chain.from_iterable(pair.captions.values()))
+        texts = chain.from_iterable(pair.captions.values())
         return _PackedPair(
             members=sample_members(sample),
             endings=sample.keys() - {"__key__"},
             first_caption=next(iter(pair.captions.values()), ("",))[0],
-            is_garbled=REPLACEMENT_CHARACTER in "".join(texts),
+            is_garbled=any(REPLACEMENT_CHARACTER in text for text in texts),
         )
 
     def _file_of(self, number: int) -> dict[str, str]:
         return {"file": self._source.file_of(number)} if isinstance(self._source, NamedSource) else {}
 
-    def _count_captions(self, packed: "_PackedPair") -> None:
+    def _count_captions(self, packed: _PackedPair) -> None:
         self._num_garbled += packed.is_garbled
         text = packed.first_caption
         # of many different captions no single one can become nearly all later on

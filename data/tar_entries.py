@@ -197,15 +197,6 @@ def sample_members(sample: Mapping[str, Any]) -> bytes:
     return b"".join(parts)
 
 
-def _header(name: str, size: int) -> bytes:
-    if name.isascii() and len(name) <= _MAX_NAME and size <= _MAX_PLAIN_SIZE:
-        # tarfile takes 30 µs for a header: three of them cost a sample as much as decoding its image
-        fields = name.encode().ljust(_MAX_NAME, b"\0"), b"%011o\0" % size
-        checksum = _BLANK_CHECKSUM + sum(fields[0]) + sum(fields[1])
-        return b"".join((fields[0], _BLANK[100:124], fields[1], _BLANK[136:148], b"%06o\0 " % checksum, _BLANK[156:]))
-    return _tar_info(name, size).tobuf(tarfile.PAX_FORMAT)
-
-
 def _tar_info(name: str, size: int) -> tarfile.TarInfo:
     entry = tarfile.TarInfo(name)
     entry.size = size
@@ -215,10 +206,21 @@ def _tar_info(name: str, size: int) -> tarfile.TarInfo:
 
 
 # of longer names and larger files the header has an extension
-_MAX_NAME, _MAX_PLAIN_SIZE = tarfile.LENGTH_NAME, 8**11 - 1
+_MAX_NAME = tarfile.LENGTH_NAME
+_MAX_PLAIN_SIZE = 8**11 - 1
 _BLANK = _tar_info("", 0).tobuf(tarfile.PAX_FORMAT)
 # without the digits of the size and the checksum, which itself counts as eight spaces
 _BLANK_CHECKSUM = sum(_BLANK[:124]) + sum(_BLANK[136:148]) + sum(b" " * 8) + sum(_BLANK[156:])
+
+
+def _header(name: str, size: int) -> bytes:
+    if name.isascii() and len(name) <= _MAX_NAME and size <= _MAX_PLAIN_SIZE:
+        # tarfile takes 30 µs for a header: three of them cost a sample as much as decoding its image
+        name_field = name.encode().ljust(_MAX_NAME, b"\0")
+        size_field = b"%011o\0" % size
+        checksum_field = b"%06o\0 " % (_BLANK_CHECKSUM + sum(name_field) + sum(size_field))
+        return b"".join((name_field, _BLANK[100:124], size_field, _BLANK[136:148], checksum_field, _BLANK[156:]))
+    return _tar_info(name, size).tobuf(tarfile.PAX_FORMAT)
 
 
 def _padding(size: int, unit: int = tarfile.BLOCKSIZE) -> int:

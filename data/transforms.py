@@ -49,8 +49,10 @@ class TokenGrid:
         return self.patch * isqrt(2 * self.tokens)
 
     def cells(self, width: int, height: int) -> tuple[int, int]:
-        """Rows and columns for an image of this size: of the grids that take no further row or no further column, so
-        that few tokens are missing, the one nearest in shape.
+        """Rows and columns for an image of this size.
+
+        Of the grids that take no further row or no further column, so that few tokens are missing, they are those of
+        the one nearest in shape.
         """
         longest = isqrt(2 * self.tokens)
         grids: list[tuple[float, int, int]] = []
@@ -100,7 +102,7 @@ class EvalTransform:
                 f"not {self.size}; their size is the image tower's tokens=, not --image-size."
             )
 
-    @property
+    @cached_property
     def grid(self) -> TokenGrid | None:
         """The grids that images keep their shape on; None where all are squares."""
         return TokenGrid(patch=self.patch, tokens=self.tokens) if self.resize_mode == ASPECT else None

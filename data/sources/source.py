@@ -1,4 +1,7 @@
-"""What a source of pairs is, the options that say how to read it, and its files: of a folder or inside a plain tar."""
+"""What a source of pairs is, the options that say how to read it, and its files: of a folder or inside a plain tar.
+
+Also which of the files are images, and which of them a table means by a name (`ImageFinder`).
+"""
 
 import importlib.util
 import io
@@ -21,6 +24,31 @@ from vlm.files import compute_fingerprint
 from vlm.storage import is_compressed, is_shard
 
 SourceKind = Literal["scenes", "shards", "table", "annotations", "texts", "classes", "images"]
+
+HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
+
+HEIC_ENDINGS = (".heic", ".heif", ".hif")
+IMAGE_SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
+        # JPEGs by the names that browsers and old systems give them
+        *(".jfif", ".jpe", ".jfi", ".pjpeg", ".pjp"),
+        *(".apng", ".dib", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".qoi"),
+        *(HEIC_ENDINGS if HAS_HEIF else ()),
+    }
+)
+
+# TIFF inside, of which Pillow would read the preview; and what is no image whatever it begins with
+_NEVER_IMAGES = frozenset(
+    {
+        *(".dng", ".nef", ".nrw", ".cr2", ".arw", ".orf", ".rw2", ".pef", ".raf", ".srw", ".3fr"),
+        *(".txt", ".caption", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tar", ".gz", ".tgz", ".zip"),
+        *(".npy", ".npz", ".md", ".html", ".py", ".xml", ".yaml", ".yml", ".log", ".token", ".pdf", ".svg"),
+        *(".mp4", ".mov", ".avi", ".webm", ".mp3", ".wav"),
+    }
+)
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"qoif")
+_SIGNATURE_BYTES = 16
 
 
 @runtime_checkable
@@ -463,32 +491,6 @@ class SplitFilter:
     def describe(self) -> dict[str, Any]:
         """The source, and the splits."""
         return self._source.describe() | {"split": list(self._splits)}
-
-
-HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
-
-HEIC_ENDINGS = (".heic", ".heif", ".hif")
-IMAGE_SUFFIXES = frozenset(
-    {
-        *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
-        # JPEGs by the names that browsers and old systems give them
-        *(".jfif", ".jpe", ".jfi", ".pjpeg", ".pjp"),
-        *(".apng", ".dib", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".qoi"),
-        *(HEIC_ENDINGS if HAS_HEIF else ()),
-    }
-)
-
-# TIFF inside, of which Pillow would read the preview; and what is no image whatever it begins with
-_NEVER_IMAGES = frozenset(
-    {
-        *(".dng", ".nef", ".nrw", ".cr2", ".arw", ".orf", ".rw2", ".pef", ".raf", ".srw", ".3fr"),
-        *(".txt", ".caption", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tar", ".gz", ".tgz", ".zip"),
-        *(".npy", ".npz", ".md", ".html", ".py", ".xml", ".yaml", ".yml", ".log", ".token", ".pdf", ".svg"),
-        *(".mp4", ".mov", ".avi", ".webm", ".mp3", ".wav"),
-    }
-)
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"qoif")
-_SIGNATURE_BYTES = 16
 
 
 def is_image_name(name: str) -> bool:

@@ -5,7 +5,7 @@ import re
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -101,20 +101,14 @@ class TableSource:
         # the image is the same throughout, though its name may carry the number of the caption
         self._merged_columns = {self._image_column, self._caption_column, *self._language_columns}
         self._ends = list(accumulate(len(table.rows) for table in tables))
-        self._groups = _rows_by_image(tables, self._image_column)
+        self._groups, names = _rows_by_image(tables, self._image_column)
+        keys = list(chain.from_iterable(_column_or_nothing(table.rows, self._key_column) for table in tables))
         # an image with several rows has the key of its first one
-        firsts = self._groups.firsts().tolist()
-        names = list(map(self._concatenated(_image_names, self._image_column).__getitem__, firsts))
-        keys = list(map(self._concatenated(_column_or_nothing, self._key_column).__getitem__, firsts))
-        self._keys = unique_keys(keys, names)
+        self._keys = unique_keys(list(map(keys.__getitem__, self._groups.firsts().tolist())), names)
 
         self._identity = self._compute_fingerprint()
         # of use for the fingerprint alone; a table may be as large as the memory of all else together
         self._tables = [replace(table, data=b"") for table in tables]
-
-    def _concatenated(self, read: Callable[[Rows, str], list[Any]], column: str) -> list[Any]:
-        """One column of all tables."""
-        return list(chain.from_iterable(read(table.rows, column) for table in self._tables))
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -188,9 +182,10 @@ class TableSource:
         """The tables, and the images they name."""
         used = {table.name for table in self._tables}
         for table in self._tables:
-            for name in _image_names(table.rows, self._image_column):
+            # each once, for an image may have many rows
+            for name in set(map(str, _image_names(table.rows, self._image_column))):
                 with suppress(BadSample):
-                    used.add(self._finder.find(str(name), table.folder))
+                    used.add(self._finder.find(name, table.folder))
         return used
 
     def fingerprint(self) -> str:
@@ -432,13 +427,13 @@ class _RowGroups:
         return self._rows[self._starts[:-1]]
 
 
-def _rows_by_image(tables: Sequence[Table], column: str) -> _RowGroups:
-    """The rows of each image; rows that name none stay alone.
+def _rows_by_image(tables: Sequence[Table], column: str) -> tuple[_RowGroups, list[Any]]:
+    """The rows of each image, and its name in the first of them or None; rows that name none stay alone.
 
     Tables in different folders may give different images one name.
     """
     groups = array("q")
-    num_groups = 0
+    names: list[Any] = []
     by_folder: dict[str, dict[str, int]] = {}
     for table in tables:
         group_of = by_folder.setdefault(table.folder, {})
@@ -446,10 +441,11 @@ def _rows_by_image(tables: Sequence[Table], column: str) -> _RowGroups:
         is_shared_name = column in table.rows.embedded
         for name in _image_names(table.rows, column):
             is_alone = name is None or is_shared_name
-            group = num_groups if is_alone else group_of.setdefault(str(name), num_groups)
+            group = len(names) if is_alone else group_of.setdefault(str(name), len(names))
             groups.append(group)
-            num_groups += group == num_groups
-    return _RowGroups(np.asarray(groups))
+            if group == len(names):
+                names.append(name)
+    return _RowGroups(np.asarray(groups)), names
 
 
 def _merge(parts: Iterable[Captions]) -> Captions:
