@@ -10,12 +10,10 @@ the sampler for 10^4 to 10^7 samples.
 """
 
 import json
-import os
 import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -27,10 +25,10 @@ from vlm.console import show_json, show_table
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parts.isolated_environment import CONVERTING_LOADERS, own_python, same_torch
+from parts.measure_process import BENCH, Side
 from parts.messages import say
 from parts.open_clip_environment import open_clip_python, shards_of
 
-BENCH = Path(__file__).parent / "parts"
 OURS = ("ours", "ours, float")
 
 
@@ -48,7 +46,7 @@ class Arguments:
     """Batch size in images."""
 
     workers: tuple[int, ...] = (1, 2)
-    """Numbers of worker processes; each is measured."""
+    """Numbers of workers; each is measured."""
 
     batches: int = 40
     """Batches per run."""
@@ -75,58 +73,22 @@ class Arguments:
     """Print the results as JSON."""
 
 
-class Side:
-    """A process that measures on request (`parts/measure_server.py`). start_s: seconds until its imports were done."""
-
-    def __init__(self, python: Path | str, script: str, *, checkout: Path | None = None) -> None:
-        began = time.perf_counter()
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        if checkout is not None:
-            environment["PYTHONPATH"] = str(checkout)
-        self._process = subprocess.Popen(
-            [str(python), str(checkout / "benchmarks" / "parts" / script if checkout else BENCH / script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-        self._answer()
-        self.start_s = time.perf_counter() - began
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Send a request; returns the response."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.communicate()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            command = shlex.join(map(str, self._process.args))  # pyright: ignore[reportArgumentType]
-            sys.exit(f"A side of the benchmark failed; for the error run: echo '{{}}' | {command}")
-        return json.loads(line)
-
-
 def run(arguments: Arguments) -> None:
     """Run the measurements and print the results."""
     cache = arguments.cache.expanduser()
     shards = shards_of(arguments.shards, cache, max(arguments.workers))
     others = own_python(cache / "bench-streams", (*CONVERTING_LOADERS, *same_torch(), "psutil"))
-    ours, bare = Side(sys.executable, "vlm_loader.py"), Side(sys.executable, "bare_decoding.py")
+    ours = Side(sys.executable, "vlm_loader.py", threads=1)
+    bare = Side(sys.executable, "bare_decoding.py", threads=1)
     theirs = {
-        "open_clip": Side(open_clip_python(cache / "bench-open-clip"), "open_clip_pipeline.py"),
-        "Energon": Side(others, "energon_pipeline.py"),
-        "mosaicml": Side(others, "mosaicml_pipeline.py"),
+        "open_clip": Side(open_clip_python(cache / "bench-open-clip"), "open_clip_pipeline.py", threads=1),
+        "Energon": Side(others, "energon_pipeline.py", threads=1),
+        "mosaicml": Side(others, "mosaicml_pipeline.py", threads=1),
     }
     if arguments.before is not None:
-        theirs["before"] = Side(sys.executable, "vlm_loader.py", checkout=arguments.before.resolve())
+        # its own script: what it imports of the library may have been called otherwise
+        script = arguments.before.resolve() / "benchmarks" / "parts" / "vlm_loader.py"
+        theirs["before"] = Side(sys.executable, script, threads=1, checkout=arguments.before)
     asked = {"ours": ours, "ours, float": ours, **theirs, "bare": bare, "bare, Pillow": bare}
     with tempfile.TemporaryDirectory() as copies:
         speed = [

@@ -8,7 +8,6 @@ batch; what is compared is processor time, which other programs on the machine d
 pairs' ratios with its 95% interval (order statistics).
 """
 
-import os
 import statistics
 import sys
 import tempfile
@@ -105,15 +104,7 @@ def run(arguments: Arguments) -> None:
 
 def side_of(checkout: Path) -> Side:
     """A process with one thread that imports the library of a checkout."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(checkout.resolve())
-    try:
-        return Side(sys.executable, "version_steps.py", threads=1)
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+    return Side(sys.executable, "version_steps.py", threads=1, checkout=checkout)
 
 
 def _compare(arguments: Arguments, setting: Setting, before: Side, now: Side, folder: str) -> Compared:

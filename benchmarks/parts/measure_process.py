@@ -15,19 +15,26 @@ BENCH = Path(__file__).parent
 class Side:
     """A measuring process. start_s: seconds until its imports were done.
 
-    script: its file in this folder. threads: OMP_NUM_THREADS; 0 inherits it.
+    script: its file, by its name in this folder or its full path. threads: OMP_NUM_THREADS; 0 inherits it. checkout:
+        the one whose library the script imports; None inherits PYTHONPATH.
     """
 
-    def __init__(self, python: Path | str, script: str, *, threads: int = 0) -> None:
+    def __init__(
+        self, python: Path | str, script: Path | str, *, threads: int = 0, checkout: Path | None = None
+    ) -> None:
         began = time.perf_counter()
         environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+        if threads:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        if checkout is not None:
+            environment["PYTHONPATH"] = str(checkout.resolve())
         self._process = subprocess.Popen(
             [str(python), str(BENCH / script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=environment | ({"OMP_NUM_THREADS": str(threads)} if threads else {}),
+            env=environment,
         )
         self._answer("{}")
         self.start_s = time.perf_counter() - began

@@ -135,7 +135,8 @@ def doctor(
     Args:
         model: MODEL as for `vlm.load`, or a model, whose device and precision then count; it sets image size and
             tokenizer. Without one the stages up to the device are measured.
-        workers: numbers of worker processes to try; a script that starts some runs under `if __name__ == "__main__"`.
+        workers: numbers of workers to try, four to a process; a script that starts some runs under
+            `if __name__ == "__main__"`.
         samples: how many to measure with.
         size: of images in pixels; None uses that of the model, or 224. tokenizer: if there is no model.
 

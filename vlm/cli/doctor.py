@@ -27,7 +27,7 @@ class Doctor:
     """Run folder, model folder, or open_clip NAME:WEIGHTS; sets image size and tokenizer."""
 
     workers: str = "0,1,2,4"
-    """Numbers of worker processes to try, separated by commas."""
+    """Numbers of workers to try, four to a process, separated by commas."""
 
     samples: int = 512
     """Number of samples to measure with."""
