@@ -35,14 +35,14 @@ def train(index: "faiss.Index", rows: Float32[Array, "N D"], copy: CopyToGpu | N
         ivf.clustering_index = None
 
 
-def make_add_function(index: "faiss.Index", copy: CopyToGpu | None) -> Callable[[Float32[Array, "N D"]], None]:
+def make_add_function(index: "faiss.Index", copy: CopyToGpu) -> Callable[[Float32[Array, "N D"]], None]:
     """A function that adds rows to a trained index; if it has lists, the GPU assigns the rows to them.
 
     The index itself encodes and stores them. FAISS has no such way for codes in blocks (ivfpq).
     """
     faiss = load_faiss()
     ivf = extract_ivf(index)
-    if copy is None or ivf is None or isinstance(ivf, faiss.IndexIVFFastScan):
+    if ivf is None or isinstance(ivf, faiss.IndexIVFFastScan):
         return index.add
     quantizer = copy(ivf.quantizer)
     transforms = _transforms(index)

@@ -185,7 +185,7 @@ def fill_index(
     if not isinstance(inner, load_faiss().IndexIVFFlat):
         _reserve_rows(inner, count)
         is_ordered = isinstance(index, load_faiss().IndexIDMap)
-        add = inner.add if is_ordered else make_add_function(index, gpu)
+        add = inner.add if is_ordered else make_add_function(index, gpu) if gpu else index.add
         for block in blocks():
             add(block)
             num_rows = len(block)

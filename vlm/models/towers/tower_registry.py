@@ -397,9 +397,11 @@ def uses_towers(config: Values) -> bool:
 
 def initial_preprocess(values: Values) -> dict[str, Any]:
     """What an image tower is to see, as keys of a `preprocess_cfg`: its grids, if images keep their shape, and what its
-    initial weights were trained to see, where they are not random and say it.
+    initial weights were trained to see, where they are not random and say it. Empty for towers of open_clip's own.
     """
-    prefix, name = split_tower(values.get(TOWER_KEY, ""))
+    if TOWER_KEY not in values:
+        return {}
+    prefix, name = split_tower(values[TOWER_KEY])
     grid = timm_grid(values, name) if prefix == "timm" else None
     view: Values = {"resize_mode": ASPECT, "patch": grid.patch, "tokens": grid.tokens} if grid else {}
     if not values.get(INITIAL_WEIGHTS_KEY):
