@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from vlm.models.low_rank import tower_of
+from vlm.tensor_types import Tensor
 from vlm.train.distributed import split_by_sharding
 from vlm.train.run_config import OptimizerConfig
 
@@ -106,7 +107,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 if name != "params":
                     muon_group[name] = value
             for flat, weight in zip(muon_group["params"], group["params"], strict=True):
-                flat.grad = None if weight.grad is None else weight.grad.flatten(1)
+                flat.grad = None if weight.grad is None else _as_matrix(weight.grad, weight)
                 self.muon.state[flat] = self.state[weight]
         self.muon.step()
         self.adamw.step()
@@ -136,7 +137,18 @@ def is_hidden_matrix(name: str, weight: nn.Parameter) -> bool:
 
 def _flat(weight: nn.Parameter) -> nn.Parameter:
     """A view of the weight as a matrix."""
-    return nn.Parameter(weight.detach().view(len(weight), -1))
+    return nn.Parameter(_as_matrix(weight.detach(), weight))
+
+
+def _as_matrix(values: Tensor, weight: nn.Parameter) -> Tensor:
+    """Values of a weight's shape as a matrix, its columns as the weight lies in memory: of the weight itself a view.
+
+    In channels-last the channels of a pixel are adjacent. The order of columns changes nothing: Muon's update of a
+    matrix with its columns exchanged is its update with these columns exchanged.
+    """
+    if weight.ndim == 4 and not weight.is_contiguous():
+        values = values.permute(0, 2, 3, 1)
+    return values.reshape(len(values), -1)
 
 
 _LR_MULTIPLIER = "relative_rate"

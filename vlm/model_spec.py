@@ -1,4 +1,4 @@
-"""MODEL as people write it, and where it lies: a folder or a name, which may end in `#64`. Loads no model, no torch.
+"""MODEL as people write it, and where it lies: a folder or a name, which may end in `#64` or `#mirror`. No torch.
 
 Weights of an installed package are `package:NAME`, wherever weights or a folder are named. Nothing is imported from
 these packages; their files are found through their metadata. A zipped folder is unpacked once, into the cache of
@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder, compute_fingerprint
@@ -27,37 +28,49 @@ ONNX = "onnx"
 
 ONNX_TEXT_TOWER = "text.onnx"
 PROJECTION_WEIGHTS = "head.safetensors"
-DIMENSIONS_SEPARATOR = "#"
+VARIANT_SEPARATOR = "#"
+MIRROR: Literal["mirror"] = "mirror"
+"""The variant whose image vectors are those of an image and of its mirror image together."""
+
 PACKAGE_PREFIX = "package:"
 
 
-def split_model_spec(spec: str) -> tuple[str, int | None]:
-    """The model, and how many dimensions are kept; None without a number, or if a path has this name.
+def split_model_spec(spec: str) -> tuple[str, int | Literal["mirror"] | None]:
+    """The model and its variant: how many dimensions are kept, or the mirror; None without, or if a path is so named.
 
     >>> split_model_spec("runs/mine#64"), split_model_spec("ViT-B-32:openai")
     (('runs/mine', 64), ('ViT-B-32:openai', None))
+    >>> split_model_spec("runs/mine#mirror#64")
+    ('runs/mine#mirror', 64)
 
     Raises:
-        UsageError: what follows the sign is not a number.
+        UsageError: what follows the sign is neither.
     """
-    model, sign, kept = spec.rpartition(DIMENSIONS_SEPARATOR)
+    model, sign, variant = spec.rpartition(VARIANT_SEPARATOR)
     # a folder may have a # in its name
     if not sign or Path(spec).exists():
         return spec, None
-    if not (kept.isascii() and kept.isdecimal()):
+    if variant == MIRROR:
+        return model, MIRROR
+    if not (variant.isascii() and variant.isdecimal()):
         raise UsageError(
-            f"{spec!r}: {kept!r} is not a number of dimensions; write MODEL{DIMENSIONS_SEPARATOR}64 to keep "
-            "the first 64."
+            f"{spec!r}: {variant!r} is not a number of dimensions; write MODEL{VARIANT_SEPARATOR}64 to keep the first "
+            f"64, or MODEL{VARIANT_SEPARATOR}{MIRROR} to embed each image together with its mirror image."
         )
-    return model, int(kept)
+    return model, int(variant)
 
 
 def absolute_spec(spec: str) -> str:
     """A model's folder as an absolute path, so that it is found from anywhere; a name unchanged."""
-    model, dimensions = split_model_spec(spec)
-    if Path(model).exists():
-        model = str(Path(model).resolve())
-    return model if dimensions is None else f"{model}{DIMENSIONS_SEPARATOR}{dimensions}"
+    model, variant = split_model_spec(spec)
+    if variant is not None:
+        return f"{absolute_spec(model)}{VARIANT_SEPARATOR}{variant}"
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def mirrored_fingerprint(fingerprint: str) -> str:
+    """Identity of the space of another space's images with their mirror images."""
+    return compute_fingerprint(fingerprint, MIRROR)
 
 
 def truncated_fingerprint(fingerprint: str, dimensions: int) -> str:

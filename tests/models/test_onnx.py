@@ -68,6 +68,15 @@ def test_some_dimensions_are_those_of_the_truncated_model(folder):
         open_export(f"{folder}#129")
 
 
+def test_an_image_with_its_mirror_image_is_embedded_as_by_the_mirrored_model(folder):
+    for variant in ("mirror", "mirror#64"):
+        encoder, model = open_export(f"{folder}#{variant}"), load_model(f"{folder}#{variant}", device="cpu")
+        assert encoder.fingerprint == model.fingerprint
+        images = model.embed_images(torch.from_numpy(pixels(33))).numpy()
+        assert np.abs(encoder.embed_images(pixels(33)) - images).max() < 1e-5
+        assert np.abs(encoder.embed_texts(TEXTS) - model.embed_texts(TEXTS).numpy()).max() < 1e-5
+
+
 def test_a_copied_folder_is_used_and_its_times_are_recorded(copy):
     assert isinstance(load_query_encoder(str(copy)), OnnxEncoder)
     recorded = json.loads((copy / "onnx" / "manifest.json").read_text())["details"]["source_files"]

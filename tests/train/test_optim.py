@@ -68,6 +68,21 @@ def test_muon_moves_a_matrix_by_an_orthogonal_one_and_the_rest_as_adamw():
     assert (singular < 1.3).all()
 
 
+def test_muon_moves_kernels_in_channels_last_as_in_the_usual_layout():
+    config = OptimizerConfig(learning_rate=0.01, optimizer="muon")
+    results: list[torch.Tensor] = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        kernels = nn.Conv2d(8, 6, 3).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+        optimizer = build_optimizer(kernels, config)
+        for gradient in torch.randn(3, 6, 8, 3, 3, generator=torch.Generator().manual_seed(1)):
+            kernels.weight.grad = gradient.clone(memory_format=torch.preserve_format)
+            optimizer.step()
+        results.append(kernels.weight.detach())
+    torch.testing.assert_close(results[0], results[1].contiguous(), rtol=0, atol=1e-4)
+    assert not torch.allclose(results[0], results[0].flip(3), atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "faster"),
     [

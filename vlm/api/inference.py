@@ -181,7 +181,8 @@ def load(
     Args:
         model: a run folder, a model folder, an upgrade folder, a Hugging Face folder of CLIP, MetaCLIP 2, SigLIP or
             SigLIP 2, a sentence-transformers folder (which embeds texts only), `ORGANISATION/NAME` on the Hugging Face
-            Hub, or `NAME:WEIGHTS` of open_clip; with `#64` behind it the first 64 dimensions of its embeddings.
+            Hub, or `NAME:WEIGHTS` of open_clip; with `#64` behind it the first 64 dimensions of its embeddings, with
+            `#mirror` each image's together with its mirror image's.
         device: `auto` is a GPU where there is one. precision: of the forward pass; embeddings are float32 in any case.
         backend: `onnx` is the model's ONNX export (`vlm.export`), which needs no torch and runs on the CPU; `auto`
             takes it where there is no GPU and it is up to date; empty is what VLM_BACKEND says, else `auto`.

@@ -36,7 +36,8 @@ class Embed:
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Run folder, checkpoint, model folder, or open_clip NAME:WEIGHTS; MODEL#64 truncates to 64 dimensions."""
+    """Run folder, checkpoint, model folder, or open_clip NAME:WEIGHTS; MODEL#64 truncates to 64 dimensions,
+    MODEL#mirror embeds each image with its mirror image, at twice the time."""
 
     shards: ShardsArgument
 

@@ -25,6 +25,7 @@ from vlm.model_spec import (
     CHECKPOINTS,
     CONFIG,
     LOCAL_PREFIX,
+    MIRROR,
     RUN_MODEL,
     is_projection_folder,
     locate_weights,
@@ -43,6 +44,7 @@ from vlm.models.model import (
 from vlm.models.towers.tower_registry import portable_config
 from vlm.models.variants import (
     BackwardCompatibleModel,
+    MirroredModel,
     TruncatedModel,
     read_projection,
 )
@@ -351,15 +353,15 @@ def load_model(spec: str, *, device: str = "auto", precision: str = "fp32") -> V
     - `ViT-B-32:laion2b_s34b_b79k`, a name of open_clip with its weights (or a file of them); the name alone where there
       is one set of weights only.
 
-    Any of them followed by `#64` keeps the first 64 dimensions.
+    Any of them followed by `#64` keeps the first 64 dimensions; by `#mirror` it embeds an image with its mirror image.
 
     Raises:
-        UsageError: there is no such model, or it has fewer dimensions. VlmError: its weights cannot be loaded.
+        UsageError: there is no such model, or it has no such variant. VlmError: its weights cannot be loaded.
     """
-    whole_spec, num_dimensions = split_model_spec(spec)
-    if num_dimensions is not None:
+    whole_spec, variant = split_model_spec(spec)
+    if variant is not None:
         whole = load_model(whole_spec, device=device, precision=precision)
-        return TruncatedModel.of(whole, num_dimensions)
+        return MirroredModel.of(whole) if variant == MIRROR else TruncatedModel.of(whole, variant)
 
     torch_device = choose_device(device)
     if precision not in PRECISIONS:
@@ -397,7 +399,7 @@ def load_network(spec: str, *, device: str = "auto", precision: str = "fp32") ->
     """A model to take weights from: one whose embeddings are those of its network.
 
     Raises:
-        UsageError: it is truncated, has a projection or no image tower; otherwise as `load_model`.
+        UsageError: it is truncated or mirrored, has a projection or no image tower; otherwise as `load_model`.
     """
     model = load_model(spec, device=device, precision=precision)
     # a network's weights alone would embed otherwise than the named model

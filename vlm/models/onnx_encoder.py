@@ -19,7 +19,7 @@ from vlm.data.tokenizers import Tokenizer, open_tokenizer, trim_tokens
 from vlm.errors import UsageError, VlmError
 from vlm.files import sha256_file, write_text
 from vlm.manifest import MANIFEST, Manifest, damage_as_error, read_manifest
-from vlm.model_spec import DIMENSIONS_SEPARATOR, ONNX, ONNX_TEXT_TOWER, truncated_fingerprint
+from vlm.model_spec import ONNX, ONNX_TEXT_TOWER, VARIANT_SEPARATOR, mirrored_fingerprint, truncated_fingerprint
 from vlm.tensor_types import Array, Float32, UInt8
 
 if TYPE_CHECKING:
@@ -158,26 +158,30 @@ _ERRORS_ONLY = 3
 class OnnxEncoder:
     """An export, whose embeddings count as those of the model it was made from.
 
-    name: MODEL as it was asked for. dimensions: how many numbers of an embedding are kept; None: all.
+    name: MODEL as it was asked for. dimensions: how many numbers of an embedding are kept; None: all. is_mirrored: an
+    image is embedded with its mirror image, before that.
     """
 
     name: str
     export: OnnxFolder
     dimensions: int | None = None
+    is_mirrored: bool = False
     _sessions: dict[str, "onnxruntime.InferenceSession"] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         size = self.export.details.embedding_size
         if self.dimensions is not None and not 1 <= self.dimensions <= size:
             raise UsageError(
-                f"{self.name}{DIMENSIONS_SEPARATOR}{self.dimensions}: the embeddings of {self.name} have {size} "
+                f"{self.name}{VARIANT_SEPARATOR}{self.dimensions}: the embeddings of {self.name} have {size} "
                 f"dimensions; keep from 1 to {size} of them."
             )
 
     @property
     def fingerprint(self) -> str:
-        """That of the exported model, or of its first dimensions."""
+        """That of the exported model, or of its variant."""
         whole = self.export.fingerprint
+        if self.is_mirrored:
+            whole = mirrored_fingerprint(whole)
         is_whole = self.dimensions in (None, self.export.details.embedding_size)
         return whole if is_whole or self.dimensions is None else truncated_fingerprint(whole, self.dimensions)
 
@@ -233,7 +237,11 @@ class OnnxEncoder:
     def embed_images(self, images: UInt8[Array, "B 3 H W"]) -> Float32[Array, "B D"]:
         """Unit vectors of images as `view` gives them."""
         batches = [images[first : first + _IMAGES_AT_ONCE] for first in range(0, len(images), _IMAGES_AT_ONCE)]
-        return self._embed(IMAGE_TOWER, PIXELS, batches)
+        vectors = self._embed(IMAGE_TOWER, PIXELS, batches)
+        if self.is_mirrored:
+            both = vectors + self._embed(IMAGE_TOWER, PIXELS, [batch[:, :, :, ::-1] for batch in batches])
+            vectors = both / np.linalg.norm(both, axis=1, keepdims=True)
+        return self._truncated(vectors)
 
     def embed_texts(self, texts: Sequence[str]) -> Float32[Array, "T D"]:
         """Unit vectors of texts."""
@@ -243,14 +251,16 @@ class OnnxEncoder:
             if self.export.details.text_length == "any":
                 tokens = trim_tokens(tokens, self.tokenizer)
             batches.append(tokens)
-        return self._embed(ONNX_TEXT_TOWER, TOKENS, batches)
+        return self._truncated(self._embed(ONNX_TEXT_TOWER, TOKENS, batches))
 
     def _embed(self, tower: str, input_name: str, batches: Sequence[Array]) -> Float32[Array, "N D"]:
         rows = [np.zeros((0, self.export.details.embedding_size), np.float32)]
         for batch in batches:
             outputs: Any = self._session(tower).run([EMBEDDINGS], {input_name: np.ascontiguousarray(batch)})
             rows.append(outputs[0])
-        vectors = np.concatenate(rows)
+        return np.concatenate(rows)
+
+    def _truncated(self, vectors: Float32[Array, "N D"]) -> Float32[Array, "N K"]:
         if self.dimensions is None:
             return vectors
         part = vectors[:, : self.dimensions]

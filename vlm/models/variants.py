@@ -1,7 +1,12 @@
-"""Models derived from a loaded one: shorter (Matryoshka) embeddings, backward-compatible ones, another image size.
+"""Models derived from a loaded one: shorter (Matryoshka) embeddings, of images with their mirror images,
+backward-compatible ones, another image size.
 
 `MODEL#64` keeps the first 64 numbers of an embedding, normalised again; meant for models whose leading numbers say most
 (Matryoshka representations, Kusupati et al. 2022).
+
+`MODEL#mirror` embeds an image as the mean of its own vector and of its mirror image's, normalised again, at twice the
+time an image (the flips of ten-crop testing, Krizhevsky et al. 2012, §4.1, with vectors in place of probabilities).
+What is written in an image is seen mirrored too.
 
 A backward-compatible model is a new one whose embeddings can be compared with those of an old one. After BT² (Zhou et
 al., ICCV 2023) its embedding is [what is compared with old ones | the rest], by a matrix with orthonormal columns, so
@@ -28,7 +33,13 @@ from torch import nn
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder, compute_fingerprint
 from vlm.manifest import Manifest, read_manifest, record_file, write_manifest
-from vlm.model_spec import DIMENSIONS_SEPARATOR, PROJECTION_WEIGHTS, truncated_fingerprint
+from vlm.model_spec import (
+    MIRROR,
+    PROJECTION_WEIGHTS,
+    VARIANT_SEPARATOR,
+    mirrored_fingerprint,
+    truncated_fingerprint,
+)
 from vlm.models.model import VisionLanguageModel, build_network
 from vlm.tensor_types import Float, Float32, Tensor, UInt8
 
@@ -103,13 +114,13 @@ class TruncatedModel(VisionLanguageModel):
         size = whole.embedding_size
         if not 1 <= dimensions <= size:
             raise UsageError(
-                f"{whole.name}{DIMENSIONS_SEPARATOR}{dimensions}: the embeddings of {whole.name} have {size} "
+                f"{whole.name}{VARIANT_SEPARATOR}{dimensions}: the embeddings of {whole.name} have {size} "
                 f"dimensions; keep from 1 to {size} of them."
             )
         if dimensions == size:
             return whole
         shared = _fields_of(whole)
-        name = f"{whole.name}{DIMENSIONS_SEPARATOR}{dimensions}"
+        name = f"{whole.name}{VARIANT_SEPARATOR}{dimensions}"
         return cls(**shared | {"name": name, "whole": whole, "dimensions": dimensions})
 
     @property
@@ -135,6 +146,53 @@ class TruncatedModel(VisionLanguageModel):
     def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T K"]:
         """Unit vectors of texts, on the CPU."""
         return nn.functional.normalize(self.whole.embed_texts(texts)[:, : self.dimensions], dim=-1)
+
+
+@dataclass(kw_only=True)
+class MirroredModel(VisionLanguageModel):
+    """A model whose image vectors are those of an image and of its mirror image together; texts are the whole model's.
+
+    Features before the projection (`pool_images`), captions and heat maps are those of the image alone.
+    """
+
+    whole: VisionLanguageModel
+
+    @classmethod
+    def of(cls, whole: VisionLanguageModel) -> "MirroredModel":
+        """`whole` with both views.
+
+        Raises:
+            UsageError: it embeds no images, or images in their own shape, which lie at the left of their canvas.
+        """
+        name = f"{whole.name}{VARIANT_SEPARATOR}{MIRROR}"
+        if not whole.embeds_images or whole.view.grid:
+            reason = "images keep their shape there" if whole.embeds_images else "it embeds texts only"
+            raise UsageError(f"{name}: {reason}; leave {VARIANT_SEPARATOR}{MIRROR} out.")
+        return cls(**_fields_of(whole) | {"name": name, "whole": whole})
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the space with both views."""
+        return mirrored_fingerprint(self.whole.fingerprint)
+
+    @property
+    def derived_from(self) -> str:
+        """The model of one view."""
+        return self.whole.name
+
+    @property
+    def embedding_size(self) -> int:
+        """D of the whole model."""
+        return self.whole.embedding_size
+
+    def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B D"]:
+        """Unit vectors of images as `view` gives them, on the CPU."""
+        both = self.whole.embed_images(images) + self.whole.embed_images(images.flip(3))
+        return nn.functional.normalize(both, dim=-1)
+
+    def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T D"]:
+        """Unit vectors of texts, on the CPU."""
+        return self.whole.embed_texts(texts)
 
 
 MANIFEST_KIND = "upgrade"

@@ -29,7 +29,7 @@ import numpy as np
 from vlm.config import number_list, suggest, text_list
 from vlm.errors import UsageError, VlmError
 from vlm.index.encoder import Encoder
-from vlm.model_spec import export_folder, is_onnx_folder, split_model_spec
+from vlm.model_spec import MIRROR, export_folder, is_onnx_folder, split_model_spec
 from vlm.models.onnx_encoder import OnnxEncoder, read_onnx_folder, stale_reason
 from vlm.tensor_types import Array, Float32, Float64, UInt8
 
@@ -545,7 +545,11 @@ def open_export(spec: str) -> OnnxEncoder:
     Raises:
         UsageError: there is none, it is out of date, or onnxruntime is missing. VlmError: it is damaged.
     """
-    model, dimensions = split_model_spec(spec)
+    model, variant = split_model_spec(spec)
+    dimensions = variant if isinstance(variant, int) else None
+    if dimensions is not None:
+        model, variant = split_model_spec(model)
+    # of other orders (#64#mirror) there is no export by that name
     folder = export_folder(model)
     command = f"vlm export {shlex.quote(model)} --to onnx"
     if not is_onnx_folder(folder):
@@ -559,7 +563,7 @@ def open_export(spec: str) -> OnnxEncoder:
         raise UsageError(
             f"The ONNX export of {model} is not used: {reason} since it was made. Make it again: {command}"
         )
-    return OnnxEncoder(name=model, export=export, dimensions=dimensions)
+    return OnnxEncoder(name=model, export=export, dimensions=dimensions, is_mirrored=variant == MIRROR)
 
 
 def embed_pixels(encoder: QueryEncoder, pixels: UInt8[Array, "B 3 H W"]) -> Float32[Array, "B D"]:
