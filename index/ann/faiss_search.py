@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlm.errors import VlmError
-from vlm.tensor_types import Array, Float, Float32, Int64
+from vlm.tensor_types import Array, Float, Float32, Int64, UInt8
 
 if TYPE_CHECKING:
     import faiss
@@ -150,14 +150,16 @@ def _make_ordered_search(outer: Any) -> SearchFunction:
     """
     graph = unwrap_transforms(outer)
     search_graph = _make_plain_search(graph)
-    rows = graph_rows(graph)
-    # a view, which lives as long as `outer`
+    # views, which live as long as `outer`; of bytes, since both may be at odd addresses, as a file is mapped, and numpy
+    # copies an array of numbers at an odd address, all of it, before it takes one
+    row_bytes = graph_rows(graph).view(np.uint8)
     order = load_faiss().rev_swig_ptr(outer.id_map.data(), outer.ntotal) if outer.ntotal else np.zeros(0, np.int64)
+    order_bytes = order.view(np.uint8).reshape(-1, order.itemsize)
 
     def search(queries: Float32[Array, "Q D"], top: int, parameters: Any = None) -> ScoredPositions:
         _, places = search_graph(queries, top, parameters)
-        scores, places = rerank(rows, queries, places, top)
-        positions = order.take(places, mode="wrap")
+        scores, places = rerank(row_bytes, queries, places, top)
+        positions = order_bytes.take(places, axis=0, mode="wrap").view(np.int64)[..., 0]
         if _NO_POSITION in places[:, -1].tolist():
             positions[places < 0] = _NO_POSITION
         return scores, positions
@@ -265,7 +267,7 @@ _RERANKED_VALUES = 262_144
 
 
 def rerank(
-    rows: Float[Array, "N D"],
+    rows: Float[Array, "N D"] | UInt8[Array, "N B"],
     queries: Float32[Array, "Q D"],
     positions: Int64[Array, "Q C"],
     top: int,
@@ -274,13 +276,12 @@ def rerank(
 ) -> tuple[Float32[Array, "Q K"], Int64[Array, "Q K"]]:
     """The `top` of the candidates by exact cosine, best first, ties by position.
 
-    rows: as stored, float16, so not quite of unit length. positions: -1, and last, for no candidate. K is the smaller
-    of `top` and C; a result without a candidate has position -1 and score -inf.
+    rows: as stored, float16, so not quite of unit length; or their bytes, B = 2 D. positions: -1, and last, for no
+    candidate. K is the smaller of `top` and C; a result without a candidate has position -1 and score -inf.
     """
-    # `take` with mode="wrap" reads some row for position -1, whose score is overwritten
     if len(queries) == 1:
         return _rerank_one(rows, queries[0], positions[0], top)
-    values_per_query = positions.shape[1] * rows.shape[1]
+    values_per_query = positions.shape[1] * queries.shape[1]
     num_queries = max(1, values_at_once // max(1, values_per_query))
     if len(queries) <= num_queries:
         return _rerank(rows, queries, positions, top)
@@ -294,11 +295,22 @@ def rerank(
     return np.concatenate(scores), np.concatenate(best)
 
 
+def _take_rows(
+    rows: Float[Array, "N D"] | UInt8[Array, "N B"], positions: Int64[Array, "*shape"]
+) -> Float32[Array, "*shape D"]:
+    # with mode="wrap" some row is read for position -1, whose score is overwritten
+    near = rows.take(positions, axis=0, mode="wrap")
+    return to_float32(near.view(np.float16) if near.dtype == np.uint8 else near)
+
+
 def _rerank_one(
-    rows: Float[Array, "N D"], query: Float32[Array, " D"], positions: Int64[Array, " C"], top: int
+    rows: Float[Array, "N D"] | UInt8[Array, "N B"],
+    query: Float32[Array, " D"],
+    positions: Int64[Array, " C"],
+    top: int,
 ) -> tuple[Float32[Array, "1 K"], Int64[Array, "1 K"]]:
     """As `_rerank` in two thirds of its time, because one query at a time is the rule."""
-    near = to_float32(rows.take(positions, axis=0, mode="wrap"))
+    near = _take_rows(rows, positions)
     # row by row, as there: a matrix product may round equal rows differently by their position
     cosines = np.vecdot(near, query) / np.sqrt(np.vecdot(near, near))
     if len(positions) and positions.item(-1) < 0:
@@ -308,9 +320,12 @@ def _rerank_one(
 
 
 def _rerank(
-    rows: Float[Array, "N D"], queries: Float32[Array, "Q D"], positions: Int64[Array, "Q C"], top: int
+    rows: Float[Array, "N D"] | UInt8[Array, "N B"],
+    queries: Float32[Array, "Q D"],
+    positions: Int64[Array, "Q C"],
+    top: int,
 ) -> tuple[Float32[Array, "Q K"], Int64[Array, "Q K"]]:
-    near = to_float32(rows.take(positions, axis=0, mode="wrap"))
+    near = _take_rows(rows, positions)
     cosines = np.vecdot(near, queries[:, None]) / np.sqrt(np.vecdot(near, near))
     if np.count_nonzero(positions[:, -1] < 0):
         cosines[positions < 0] = -np.inf

@@ -1,4 +1,5 @@
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,20 @@ def test_an_index_that_is_mapped_finds_what_it_finds_in_memory(kind: str, vector
     (tmp_path / "i.faiss").unlink()
     for found, expected in zip(mapped.search(vectors[:20], 5), index.search(vectors[:20], 5), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_a_search_of_a_mapped_graph_copies_the_rows_that_it_found_alone(vectors: np.ndarray, tmp_path: Path) -> None:
+    """FAISS maps rows and order where the file has them, at odd addresses, and numpy copies such arrays whole."""
+    load_faiss().write_index(filled("hnsw", vectors).index, str(tmp_path / "i.faiss"))
+    mapped = map_index(str(tmp_path / "i.faiss"))
+    search = make_search_function(mapped)
+    search(vectors[:1], 10)
+    tracemalloc.start()
+    search(vectors[1:2], 10)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    order_bytes = 8 * len(vectors)
+    assert peak < order_bytes
 
 
 def test_lists_that_do_not_lie_within_their_file_are_refused(vectors: np.ndarray, tmp_path: Path) -> None:
