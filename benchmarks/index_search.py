@@ -1,10 +1,13 @@
 #!/usr/bin/env python
-"""The autotuned index compared with bare FAISS (same parameters), autofaiss and HNSW graphs of others, one thread each.
+"""Our index compared with bare FAISS, autofaiss and HNSW graphs of others, one thread each.
 
     benchmarks/run index_search [--rows 200000 --dimension 192] [--images EMBEDDINGS --texts EMBEDDINGS] [--json]
 
-Every side has its own process and gets the same vectors and the same text queries, which no tuner has seen. The sides
-alternate in short rounds, since the speed of shared machines varies within seconds, and medians are reported. Without
+Like is compared with like: the index that our autotuner chooses with autofaiss and with bare FAISS of the same
+parameters, our `hnsw` with the graphs of others, each at the least ef that reaches the recall on the same tuning
+queries; the chosen index with these graphs too. Every side has its own process and gets the same vectors and the same
+text queries, which no tuner has seen. The sides alternate in short rounds, since the speed of shared machines varies
+within seconds, and medians are reported; rates and builds are of processor time, latencies by the clock. Without
 embeddings, vectors are synthetic: clusters of images, and texts across a modality gap.
 """
 
@@ -31,6 +34,8 @@ from parts.measure_process import Side
 from parts.messages import say
 
 GRAPHS = ("hnswlib==0.8.0", "usearch==2.26.6", "psutil")
+CHOSEN, GRAPH = "ours, chosen", "ours, hnsw"
+BESIDE_CHOSEN = ("bare FAISS", "autofaiss")
 _MEASURED = ("recall@1", "recall@10", "recall@100", "p50_ms", "p95_ms", "questions_per_s")
 
 
@@ -61,7 +66,7 @@ class Arguments:
     """
 
     recall: float = 0.99
-    """Target of text-to-image recall@10 for our autotuner."""
+    """Target of text-to-image recall@10 for our autotuner and for each graph."""
 
     plan_rows: int = 50_000
     """Rows of the sample on which our autotuner tries configurations."""
@@ -70,10 +75,13 @@ class Arguments:
     """Memory that autofaiss may use for its index; defaults to its own setting."""
 
     autofaiss: bool = True
-    """Measure autofaiss too."""
+    """Measure autofaiss beside the chosen index."""
+
+    chosen: bool = True
+    """Measure the index that our autotuner chooses, and bare FAISS and autofaiss beside it."""
 
     graphs: tuple[str, ...] = ("hnswlib", "usearch", "FAISS HNSW")
-    """Libraries whose HNSW graph (16 links, efConstruction 200) is measured too, at the ef that reaches the recall."""
+    """Libraries whose HNSW graph (16 links, efConstruction 200) is measured beside our hnsw."""
 
     rounds: int = 50
     """Rounds per side, a fifth of a second each; the sides alternate."""
@@ -84,6 +92,9 @@ class Arguments:
     cache: Path = Path.home() / ".cache" / "vlm"
     """Folder of the environments of autofaiss (bench-autofaiss) and the graphs' libraries (bench-graphs)."""
 
+    keep: Path | None = None
+    """Folder where vectors and the graphs of others are kept and used again, as their builds take longest."""
+
     json: bool = False
     """Print the results as JSON."""
 
@@ -91,8 +102,9 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     """Run the measurements and print the results."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        shape = _write(arguments, folder)
+        folder = arguments.keep or Path(name)
+        is_kept = (folder / "planned_truth.npy").is_file()
+        shape = np.load(folder / "rows.npy", mmap_mode="r").shape if is_kept else _write(arguments, folder)
         result = _compare(arguments, folder) | {
             "command": shlex.join(["benchmarks/run", "index_search", *sys.argv[1:]]),
             "shape": shape,
@@ -129,53 +141,68 @@ def _write(arguments: Arguments, folder: Path) -> tuple[int, int]:
 
 
 def _compare(arguments: Arguments, folder: Path) -> dict[str, Any]:
-    sides = {"ours": Side(sys.executable, "vlm_index.py", threads=1)}
-    say("Ours: autotuning and building …")
-    built = {
-        "ours": sides["ours"].ask(
-            do="build", folder=str(folder), recall=arguments.recall, plan_rows=arguments.plan_rows
-        )
-    }
-    sides["bare FAISS"] = Side(sys.executable, "bare_faiss_index.py", threads=1)
-    say("Bare FAISS: building …")
-    same = {name: built["ours"][name] for name in ("kind", "parameters")}
-    built["bare FAISS"] = sides["bare FAISS"].ask(do="build", folder=str(folder), **same)
-    if arguments.autofaiss:
+    sides: dict[str, Side] = {}
+    built: dict[str, dict[str, Any]] = {}
+    if arguments.chosen:
+        say("Ours: autotuning and building …")
+        _add_ours(CHOSEN, "auto", arguments, folder, sides, built)
+        sides["bare FAISS"] = Side(sys.executable, "bare_faiss_index.py", threads=1)
+        say("Bare FAISS: building …")
+        same = {name: built[CHOSEN][name] for name in ("kind", "parameters")}
+        built["bare FAISS"] = sides["bare FAISS"].ask(do="build", folder=str(folder), **same)
+    if arguments.chosen and arguments.autofaiss:
         _add_autofaiss(arguments, folder, sides, built)
-    _add_graphs(arguments, folder, sides, built)
+    if arguments.graphs:
+        say("Ours: building hnsw …")
+        _add_ours(GRAPH, "hnsw", arguments, folder, sides, built)
+        _add_graphs(arguments, folder, sides, built)
     say("Measuring recall …")
     recalls = {name: side.ask(do="recall", folder=str(folder)) for name, side in sides.items()}
-    seconds = _time(arguments, folder, sides)
+    timed = _time(arguments, folder, sides)
     for side in sides.values():
         side.close()
-    medians = {name: recalls[name] | _speed(found) for name, found in seconds.items()}
-    rounds = {name: [_rate(each) for each in found] for name, found in seconds.items()}
-    return {"built": built, "medians": medians, "ratios": _ratios(built, seconds), "questions_per_s": rounds}
+    medians = {name: recalls[name] | _speed(rounds) for name, rounds in timed.items()}
+    rates = {name: [_rate(each) for each in rounds] for name, rounds in timed.items()}
+    return {"built": built, "medians": medians, "ratios": _ratios(built, rates), "questions_per_s": rates}
 
 
-def _time(arguments: Arguments, folder: Path, sides: dict[str, Side]) -> dict[str, list[list[float]]]:
-    """Seconds per query, by side and round; the first side changes from round to round."""
-    seconds: dict[str, list[list[float]]] = {name: [] for name in sides}
+def _add_ours(
+    name: str,
+    kind: str,
+    arguments: Arguments,
+    folder: Path,
+    sides: dict[str, Side],
+    built: dict[str, dict[str, Any]],
+) -> None:
+    sides[name] = Side(sys.executable, "vlm_index.py", threads=1)
+    numbers = {"recall": arguments.recall, "plan_rows": arguments.plan_rows}
+    built[name] = sides[name].ask(do="build", folder=str(folder), kind=kind, **numbers)
+
+
+def _time(arguments: Arguments, folder: Path, sides: dict[str, Side]) -> dict[str, list[dict[str, Any]]]:
+    """The timed queries by side and round (`index_measure.measure`); the first side changes from round to round."""
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     names, places = list(sides), dict.fromkeys(sides, 0)
     with progress(total=arguments.rounds, what="measure", unit=" rounds") as shown:
         for turn in range(arguments.rounds):
             for number in range(len(names)):
                 name = names[(turn + number) % len(names)]
                 found = sides[name].ask(do="time", folder=str(folder), first=places[name])
-                seconds[name].append(found["seconds"])
+                rounds[name].append(found)
                 places[name] = found["next"]
             shown.update(1)
-    return seconds
+    return rounds
 
 
-def _speed(rounds: list[list[float]]) -> dict[str, float]:
-    """Median and 95th percentile over all queries; queries per second in the median round."""
-    p50, p95 = (float(value) * 1000 for value in np.percentile(np.concatenate(rounds), (50, 95)))
+def _speed(rounds: list[dict[str, Any]]) -> dict[str, float]:
+    """Median and 95th percentile over all queries; queries per second of processor time in the median round."""
+    seconds = np.concatenate([one["seconds"] for one in rounds])
+    p50, p95 = (float(value) * 1000 for value in np.percentile(seconds, (50, 95)))
     return {"p50_ms": p50, "p95_ms": p95, "questions_per_s": median(map(_rate, rounds))}
 
 
-def _rate(seconds: list[float]) -> float:
-    return len(seconds) / sum(seconds)
+def _rate(timed: dict[str, Any]) -> float:
+    return len(timed["seconds"]) / timed["cpu_s"]
 
 
 def _add_autofaiss(
@@ -198,8 +225,6 @@ def _add_autofaiss(
 
 def _add_graphs(arguments: Arguments, folder: Path, sides: dict[str, Side], built: dict[str, dict[str, Any]]) -> None:
     """Add the HNSW graphs of other libraries to the sides."""
-    if not arguments.graphs:
-        return
     faiss = f"faiss-cpu=={importlib.metadata.version('faiss-cpu')}"
     python = own_python(arguments.cache.expanduser() / "bench-graphs", (*GRAPHS, faiss))
     for library in arguments.graphs:
@@ -208,21 +233,25 @@ def _add_graphs(arguments: Arguments, folder: Path, sides: dict[str, Side], buil
         built[library] = sides[library].ask(do="build", folder=str(folder), library=library, recall=arguments.recall)
 
 
-def _ratios(built: dict[str, dict[str, Any]], seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, float]]:
-    """Ours relative to each other side: queries per second (median of rounds, quartiles) and build seconds."""
-    ratios = {}
-    for name, found in seconds.items():
-        if name == "ours":
-            continue
-        each = [_rate(mine) / _rate(theirs) for mine, theirs in zip(seconds["ours"], found, strict=True)]
+def _ratios(built: dict[str, dict[str, Any]], rates: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Ours relative to other sides: queries per second (median of rounds, quartiles), build seconds and bytes."""
+    pairs = [(GRAPH, peer) for peer in rates if GRAPH in rates and peer not in (GRAPH, CHOSEN, *BESIDE_CHOSEN)]
+    pairs += [(CHOSEN, peer) for peer in rates if CHOSEN in rates and peer not in (GRAPH, CHOSEN)]
+    ratios: list[dict[str, Any]] = []
+    for ours, peer in pairs:
+        each = [mine / theirs for mine, theirs in zip(rates[ours], rates[peer], strict=True)]
         low, middle, high = np.percentile(each, (25, 50, 75)).tolist()
-        ratios[name] = {
-            "questions_per_s": middle,
-            "quartiles": [low, high],
-            "build_s": built["ours"]["build_s"] / built[name]["build_s"],
-            "memory": built["ours"]["index_mb"] / built[name]["index_mb"],
-            "plan_and_build_s": (built["ours"]["plan_s"] + built["ours"]["build_s"]) / built[name]["build_s"],
-        }
+        ratios.append(
+            {
+                "ours": ours,
+                "peer": peer,
+                "questions_per_s": middle,
+                "quartiles": [low, high],
+                "build_s": built[ours]["build_s"] / built[peer]["build_s"],
+                "memory": built[ours]["index_mb"] / built[peer]["index_mb"],
+                "plan_and_build_s": (built[ours]["plan_s"] + built[ours]["build_s"]) / built[peer]["build_s"],
+            }
+        )
     return ratios
 
 
@@ -231,7 +260,7 @@ def _show(result: dict[str, Any]) -> None:
     columns = [
         "side",
         "index",
-        "autotune s",
+        "tune s",
         "build s",
         "index MB",
         "peak MB",
@@ -243,22 +272,26 @@ def _show(result: dict[str, Any]) -> None:
         "q/s",
     ]
     cells = [_cells(name, built, result["medians"].get(name)) for name, built in result["built"].items()]
-    show_table(columns, cells, title=f"{rows:,} × {dimension}, text queries, one thread")
     show_table(
-        ["ours to", "queries per second", "middle half of the rounds", "build time", "autotune and build", "bytes"],
+        columns, cells, title=f"{rows:,} × {dimension}, text queries, one thread; q/s and seconds of processor time"
+    )
+    show_table(
+        ["ours", "to", "queries per second", "middle half of the rounds", "build time", "tune and build", "bytes"],
         [
             [
-                name,
+                ratio["ours"],
+                ratio["peer"],
                 f"{ratio['questions_per_s']:.2f}",
                 " to ".join(f"{quartile:.2f}" for quartile in ratio["quartiles"]),
                 f"{ratio['build_s']:.2f}",
                 f"{ratio['plan_and_build_s']:.2f}",
                 f"{ratio['memory']:.2f}",
             ]
-            for name, ratio in result["ratios"].items()
+            for ratio in result["ratios"]
         ],
     )
-    print(result["built"]["ours"]["why"])
+    if CHOSEN in result["built"]:
+        print(result["built"][CHOSEN]["why"])
     print(f"To repeat: {result['command']}")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 COUNTS = (1, 10, 100)
 _TIMED_TOP = 10
+_MAX_EF = 4096
 _WARM_UP_SECONDS, _TIMED_SECONDS = 0.1, 0.2
 _TIE = 1e-6
 
@@ -20,7 +21,11 @@ Search = Callable[[np.ndarray, int], np.ndarray]
 
 
 def measure(search: Search, request: dict[str, Any]) -> dict[str, Any]:
-    """Depending on the request: recall up to ties, or the seconds of each query, run one at a time for a while."""
+    """Depending on the request: recall up to ties, or the time of queries, run one at a time for a while.
+
+    seconds: of each query, by the clock. cpu_s: processor time of all of them, which other work on the machine changes
+    less; threads that a library starts count too.
+    """
     folder = Path(request["folder"])
     questions = np.load(folder / "questions.npy")
     if request["do"] == "recall":
@@ -28,8 +33,31 @@ def measure(search: Search, request: dict[str, Any]) -> dict[str, Any]:
         return {f"recall@{count}": _recall(search, rows, questions, truth, count) for count in COUNTS}
     # warm-up: the CPU caches hold the data of another process
     place, _ = _retrieve(search, questions, request["first"], _WARM_UP_SECONDS)
+    before = time.process_time()
     place, seconds = _retrieve(search, questions, place, _TIMED_SECONDS)
-    return {"seconds": seconds, "next": place}
+    return {"seconds": seconds, "cpu_s": time.process_time() - before, "next": place}
+
+
+def tune_ef(set_search: Callable[[int], Search], folder: Path, recall: float) -> int:
+    """The least ef of a graph with which the mean recall@10 of the tuning queries reaches `recall`; the same for all.
+
+    set_search: makes the search with this ef. Doubles ef until it reaches the recall, then bisects.
+    """
+    planned, truth = np.load(folder / "planned.npy"), np.load(folder / "planned_truth.npy")
+    rows = np.load(folder / "rows.npy", mmap_mode="r")
+
+    def reaches(ef: int) -> bool:
+        return _recall(set_search(ef), rows, planned, truth, _TIMED_TOP) >= recall
+
+    low, high = _TIMED_TOP - 1, _TIMED_TOP
+    while not reaches(high):
+        if high == _MAX_EF:
+            return high
+        low, high = high, min(2 * high, _MAX_EF)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reaches(middle) else (middle, high)
+    return high
 
 
 def _retrieve(search: Search, questions: np.ndarray, place: int, limit: float) -> tuple[int, list[float]]:
