@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -385,7 +386,9 @@ _EQUALLY_FAST = 1.1
 
 
 def select_trial(trials: Sequence[Trial], target: TuningTarget, *, left_out: dict[str, str]) -> Trial:
-    """The fastest trial that meets the target; of those within 10% of its median latency the smallest.
+    """The trial that is preferred of those that meet the target (`TuningTarget.prefer`).
+
+    By default the smallest of those within 10% of the lowest median latency.
 
     Raises:
         UsageError: none meets it; the message names the closest and what it has.
@@ -394,7 +397,8 @@ def select_trial(trials: Sequence[Trial], target: TuningTarget, *, left_out: dic
     if meeting:
         fastest_ms = min(trial.latency.p50_ms for trial in meeting)
         # latencies differ by noise, memory does not, so among the equally fast the smallest is taken
-        as_fast = [trial for trial in meeting if trial.latency.p50_ms <= fastest_ms * _EQUALLY_FAST]
+        slack = {"speed": 1.0, "balanced": _EQUALLY_FAST, "memory": inf}[target.prefer]
+        as_fast = [trial for trial in meeting if trial.latency.p50_ms <= fastest_ms * slack]
         return min(as_fast, key=lambda trial: (trial.resident_bytes, trial.latency.p50_ms))
 
     reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
@@ -425,6 +429,8 @@ def explain_choice(best: Trial, trials: Sequence[Trial], target: TuningTarget) -
     fastest = min(meeting, key=lambda trial: trial.latency.p50_ms)
     if fastest is best:
         reason = f"is the fastest of {len(meeting)} that meet {target.describe()}"
+    elif target.prefer == "memory":
+        reason = f"needs the least memory of {len(meeting)} that meet {target.describe()}"
     else:
         reason = f"needs the least memory of those as fast as {fastest.label} that meet {target.describe()}"
     return f"{best.label} {reason}: {measurements}."

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 from operator import attrgetter
 from statistics import median
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -32,6 +32,8 @@ from vlm.index.autotune.query_sampling import SHOWN, QuerySet, SampledRows, lowe
 from vlm.index.autotune.search_params import SearchParams, candidate_params, minimize_params
 from vlm.tensor_types import Array, Float, Float32
 
+Preference = Literal["balanced", "speed", "memory"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuningTarget:
@@ -40,6 +42,8 @@ class TuningTarget:
     recall: share of the `at` nearest rows that a search finds, on average over queries.
     latency_ms: of a single query on one thread, met by 95 of 100 queries (p95).
     memory_bytes: of the FAISS index of all rows; the float16 rows mapped from disk are not counted.
+    prefer: which of the trials that meet it is taken: speed, the fastest; memory, the smallest; balanced, the smallest
+        of those about as fast as the fastest.
 
     Raises:
         UsageError: a number is out of range.
@@ -49,6 +53,7 @@ class TuningTarget:
     at: int = 10
     latency_ms: float | None = None
     memory_bytes: int | None = None
+    prefer: Preference = "balanced"
 
     def __post_init__(self) -> None:
         if not 0 < self.recall <= 1:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import vlm
 from tests.index.embeddings_fixture import CAPTIONS, write, write_images_and_texts
 from vlm.cli.main import main
 from vlm.errors import UsageError
@@ -249,6 +250,17 @@ def test_a_build_for_a_target_autotunes_draws_and_verifies(
     (view,) = Index.open(tmp_path / "out").snapshot.views
     assert said["parameters"] == view.segment.meta.parameters != said["plan"]["trials"][0]["parameters"]
     assert (tmp_path / "out" / "plan.png").is_file()
+
+
+def test_the_smallest_index_is_taken_if_asked_for(build: Build, spaces: tuple[Path, Path], tmp_path: Path) -> None:
+    # it is a target like the others: it makes a build autotune
+    code, out, _ = build("--prefer", "memory", "--texts", spaces[1], "--plan-rows", 600, "--json")
+    said = json.loads(out)
+    meeting = [one for one in said["plan"]["trials"] if not one["misses"]]
+    assert (code, said["plan"]["promise"]["prefer"]) == (0, "memory")
+    assert said["kind"] == min(meeting, key=lambda one: one["resident_bytes"])["kind"]
+    with pytest.raises(UsageError, match="prefer = 'quality'; give balanced, speed or memory"):
+        vlm.build_index(spaces[0], tmp_path / "none", **{"prefer": "quality"})
 
 
 def test_a_target_that_nothing_meets_leaves_no_folder(build: Build, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def build_index(
     recall_at: int = 10,
     latency_ms: float | None = None,
     memory: str | None = None,
+    prefer: Literal["balanced", "speed", "memory"] | None = None,
     texts: str | Path | None = None,
     images: str | Path | None = None,
     tune_rows: int = 50_000,
@@ -47,8 +48,8 @@ def build_index(
 ) -> "BuildSummary | AutotunedBuild":
     """Build an index of embeddings, as `vlm index build` does.
 
-    With a target (`recall`, `latency_ms`, `memory`) or queries (`texts`, `images`), index type and search parameters
-    are autotuned on a sample of the rows.
+    With a target (`recall`, `latency_ms`, `memory`, `prefer`) or queries (`texts`, `images`), index type and search
+    parameters are autotuned on a sample of the rows.
 
     Args:
         embeddings: a folder of `vlm.embed`, or of `vlm index import`.
@@ -61,6 +62,8 @@ def build_index(
             where each row has one of its own, as images packed from a folder have, else the uids of the embeddings.
         recall, recall_at, latency_ms, memory: targets: least recall of so many results against exact search; most
             milliseconds of one query on one thread (p95); most memory, as "4GB".
+        prefer: which index is taken of those that meet the targets: speed, the fastest, mostly a graph of whole rows
+            where they fit `memory`; memory, the smallest; balanced, the smallest of those within 10% of the fastest.
         texts, images: embeddings to query with while tuning.
         on_plan: called with the plan before a tuned index is built.
         tuning: parameters of the index type: nlist, nprobe, hnsw_m, ef_construction, ef_search, refine_factor.
@@ -78,7 +81,9 @@ def build_index(
         # a mistake of the caller's code, so it is Python's own error
         if name not in TUNING_PARAMETERS:
             raise TypeError(f"build_index() got an unexpected keyword argument {name!r}")
-    targets = (recall, latency_ms, memory, texts, images)
+    if prefer not in (None, "balanced", "speed", "memory"):
+        raise UsageError(f"prefer = {prefer!r}; give balanced, speed or memory.")
+    targets = (recall, latency_ms, memory, prefer, texts, images)
     # any of them asks for a search over configurations, and nothing else does
     is_autotuned = any(value is not None for value in targets)
     # an address without --engine milvus is refused, not ignored
@@ -97,6 +102,7 @@ def build_index(
         at=recall_at,
         latency_ms=latency_ms,
         memory_bytes=None if memory is None else parse_bytes(memory),
+        prefer=prefer or "balanced",
     )
     return build_autotuned(
         Path(embeddings),
@@ -138,8 +144,8 @@ def _check_engine(engine: str, address: str, is_autotuned: bool) -> None:
         raise UsageError(f"--address {address} is where Milvus has the rows: add --engine milvus, or leave it out.")
     if is_autotuned:
         raise UsageError(
-            "Targets (--recall, --latency-ms, --memory, --texts, --images) are met by trying FAISS indexes in this "
-            "process; with --engine milvus name the --index-type and its parameters."
+            "Targets (--recall, --latency-ms, --memory, --prefer, --texts, --images) are met by trying FAISS indexes "
+            "in this process; with --engine milvus name the --index-type and its parameters."
         )
 
 

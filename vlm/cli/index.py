@@ -22,6 +22,11 @@ _TEXTS_HELP = (
     "Text embeddings by the same model (vlm embed --modality text), as queries for autotuning. If omitted, held-out "
     "rows serve as queries. With 1,000 or more, the reverse direction (image→text) is evaluated too."
 )
+_PREFER_HELP = (
+    "Target: which index is taken of those that meet the others. speed: the fastest, mostly a graph of whole rows "
+    "where they fit --memory. memory: the smallest. balanced (default): the smallest of those within 10% of the "
+    "fastest."
+)
 _SOURCE_HELP = (
     "Output folder of clip-retrieval (img_emb, text_emb, metadata); folder of .npy with Parquet files of the same "
     "names or numbers, of .npy alone, of Parquet with a column of vectors, or with one FAISS file (knn.index, "
@@ -54,8 +59,8 @@ _UID_COLUMN_HELP = (
 class BuildIndex:
     """Build an index with its metadata catalog from embeddings: of FAISS, in a folder, or in Milvus.
 
-    With a target (--recall, --latency-ms, --memory) or queries (--texts, --images), index type and search parameters
-    are autotuned on a sample of the rows.
+    With a target (--recall, --latency-ms, --memory, --prefer) or queries (--texts, --images), index type and search
+    parameters are autotuned on a sample of the rows.
     """
 
     embeddings: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EMBEDDINGS")]
@@ -82,6 +87,8 @@ class BuildIndex:
 
     memory: str | None = None
     """Target: maximum memory of the FAISS index, e.g. 4GB or 512MiB."""
+
+    prefer: Annotated[Literal["balanced", "speed", "memory"] | None, tyro.conf.arg(help=_PREFER_HELP)] = None
 
     texts: Annotated[Path | None, tyro.conf.arg(help=_TEXTS_HELP)] = None
 
