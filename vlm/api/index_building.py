@@ -16,6 +16,7 @@ from vlm.results import Result, json_values
 if TYPE_CHECKING:
     from vlm.evaluation.retrieval_metrics import RetrievalResult
     from vlm.index.ann.index_types import TuningParams
+    from vlm.index.autotune.trial import TuningTarget
     from vlm.index.backward_compat import RidgeChoice, UpgradeSummary
     from vlm.index.build import AutotunedBuild, BuildSummary
     from vlm.index.curation_scores import ScoreColumn
@@ -73,7 +74,6 @@ def build_index(
             them.
         VlmError: the embeddings are damaged, the disk is full, or Milvus does not answer.
     """
-    from vlm.index.autotune.trial import TuningTarget, parse_bytes
     from vlm.index.build import build_autotuned
     from vlm.index.build import build_index as build_plain
 
@@ -81,8 +81,6 @@ def build_index(
         # a mistake of the caller's code, so it is Python's own error
         if name not in TUNING_PARAMETERS:
             raise TypeError(f"build_index() got an unexpected keyword argument {name!r}")
-    if prefer not in (None, "balanced", "speed", "memory"):
-        raise UsageError(f"prefer = {prefer!r}; give balanced, speed or memory.")
     targets = (recall, latency_ms, memory, prefer, texts, images)
     # any of them asks for a search over configurations, and nothing else does
     is_autotuned = any(value is not None for value in targets)
@@ -97,17 +95,10 @@ def build_index(
     for name, value in tuning.items():
         if value is not None:
             raise UsageError(f"--{name.replace('_', '-')} is chosen by autotuning; omit it, or omit the targets.")
-    target = TuningTarget(
-        recall=0.95 if recall is None else recall,
-        at=recall_at,
-        latency_ms=latency_ms,
-        memory_bytes=None if memory is None else parse_bytes(memory),
-        prefer=prefer or "balanced",
-    )
     return build_autotuned(
         Path(embeddings),
         Path(out),
-        target,
+        _target(recall, recall_at, latency_ms, memory, prefer or "balanced"),
         texts=Path(texts) if texts else None,
         images=Path(images) if images else None,
         kind=index_type,
@@ -135,6 +126,26 @@ def _tuning(tuning: dict[str, int | None], seed: int) -> "TuningParams":
     # None stays None: the index type fills in its defaults, by the number of rows
     numbers: dict[str, Any] = {TUNING_PARAMETERS[name]: value for name, value in tuning.items()}
     return TuningParams(seed=seed, **numbers)
+
+
+def _target(
+    recall: float | None,
+    recall_at: int,
+    latency_ms: float | None,
+    memory: str | None,
+    prefer: Literal["balanced", "speed", "memory"],
+) -> "TuningTarget":
+    from vlm.index.autotune.trial import TuningTarget, parse_bytes
+
+    if prefer not in ("balanced", "speed", "memory"):
+        raise UsageError(f"prefer = {prefer!r}; give balanced, speed or memory.")
+    return TuningTarget(
+        recall=0.95 if recall is None else recall,
+        at=recall_at,
+        latency_ms=latency_ms,
+        memory_bytes=None if memory is None else parse_bytes(memory),
+        prefer=prefer,
+    )
 
 
 def _check_engine(engine: str, address: str, is_autotuned: bool) -> None:
