@@ -4,8 +4,8 @@
 # the file on disk, not as its pixels. All three ask Pillow's `filename` and copy that file. A copy (`image.copy()`, `resize`,
 # `convert`) has no file name, and is written as it looks. No warning either way.
 # Why it matters: faces that were covered in place are in the corpus after all, and pictures made small in place take the
-# space and the decoding time of large ones. Nothing tells: the same code keeps the change once an image came from a PNG
-# or from memory. The cure: hand over `image.copy()`, and compare one sample that was read back.
+# space and the decoding time of large ones. Nothing tells: the same code keeps the change once an image came from
+# memory. The cure: hand over `image.copy()`, and compare one sample that was read back.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
