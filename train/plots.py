@@ -12,8 +12,6 @@ from vlm.train.recipes import ReferenceCurve
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from vlm.train.scaling import ScalingReport
-
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -138,34 +136,6 @@ def draw_path(points: Sequence[PathPoint], path: Path, *, metric: str, max_drift
             axes.legend()
     axes.set_xlabel(f"{metric} on other data, %")
     axes.set_ylabel(f"{metric} on the data it was tuned for, %")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
-
-
-def draw_scaling(report: "ScalingReport", path: Path) -> None:
-    """Scores over samples: runs, the law fitted to all, the forecast of the largest size, and forecasts beyond."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    samples = [point.samples for point in report.points]
-    axes.plot(samples, [100 * point.score for point in report.points], "o", color="C0", label="runs")
-    first, last = min(samples), report.beyond[-1].samples
-    steps = [first * (last / first) ** (number / 100) for number in range(101)]
-    axes.plot(steps, [100 * report.fit.score(number) for number in steps], color="C0", label="law of all sizes")
-    smaller = [100 * report.fit_of_smaller.score(number) for number in steps]
-    axes.plot(steps, smaller, color="C1", linestyle=":", label="law of all but the largest")
-    for forecasts, colour, label in (((report.check,), "C1", "its forecast"), (report.beyond, "C0", "beyond")):
-        middle = [100 * forecast.score for forecast in forecasts]
-        below = [max(100 * (forecast.score - forecast.low), 0) for forecast in forecasts]
-        above = [max(100 * (forecast.high - forecast.score), 0) for forecast in forecasts]
-        places = [forecast.samples for forecast in forecasts]
-        axes.errorbar(places, middle, yerr=(below, above), fmt="s", mfc="none", color=colour, capsize=4, label=label)
-    axes.set_xscale("log")
-    axes.set_xlabel("training samples")
-    axes.set_ylabel(f"{report.metric}, %")
-    axes.set_title(report.verdict(), fontsize=8, wrap=True)
-    axes.legend(fontsize=8, frameon=False)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
 

@@ -1,155 +1,199 @@
-"""How a score grows with data: runs on nested subsets of shards, a power law with a floor, a forecast that is checked.
+"""How a score grows with data and with the model: runs on nested subsets of shards, a law, a forecast that is checked.
 
-The error, one minus the score, is floor + amplitude · (samples / unit)^-exponent, as loss is in Hoffmann et al. 2022
-(Training Compute-Optimal Large Language Models, §3.3) and error in Rosenfeld et al. 2020. Fitted to all sizes but the
-largest, it forecasts the largest, which was measured too; fitted to all, it forecasts sizes beyond.
+Each size of the data is trained with each architecture that is given, or with the preset's own alone. The law
+(`vlm.train.scaling_law`), fitted without the largest runs, forecasts them, which were measured too; fitted to all, it
+forecasts runs beyond, and says which size of model is best for a budget of FLOPs. Cherti et al. 2023 (Reproducible
+scaling laws for contrastive language-image learning) give each architecture a law of its own instead.
 """
 
 import json
 import logging
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from vlm.config import from_toml
 from vlm.data.shards import count_samples, expand_shards, join_shards
 from vlm.errors import UsageError
-from vlm.files import write_text
-from vlm.manifest import MANIFEST
+from vlm.files import compute_fingerprint, write_text
 from vlm.results import Result
-from vlm.tensor_types import Array, Float
-from vlm.train.averaging import parse_metric
-from vlm.train.history import CONFIG, read_run
-from vlm.train.plots import draw_scaling
-from vlm.train.run import train
-from vlm.train.run_config import FREE_OF_SCORES, TrainConfig, changed_settings, disallowed_changes
+from vlm.train.measured_run import check_metric, error_of, format_score, measure_run
+from vlm.train.run_config import TrainConfig
 from vlm.train.run_setup import resolve_shard_cache
+from vlm.train.scaling_law import BestSize, LawFit, ScalingLaw, fit_law
+from vlm.train.scaling_plots import draw_scaling
 
 logger = logging.getLogger(__name__)
 
 SCALING_FILE = "scaling.json"
-_PARAMETERS = 3
 _LEAST_SIZES = 5
-_EXPONENTS = np.linspace(0.05, 2.0, 391)
-_RESAMPLES = 1000
-_INTERVAL = (2.5, 97.5)
+_LEAST_ARCHITECTURES = 3
+# nearer sizes tell no exponent apart from the spread of runs
+_LEAST_RATIO = 1.1
+_LONGEST_NAME = 40
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingPoint:
-    """A run on a subset. flops: of forward and backward passes, with locked trunks; None where they were not counted.
+    """A run on a subset. score: the metric at its end.
 
-    score: the metric at its end.
+    flops_per_sample, flops: of forward and backward passes, with locked trunks, and of the whole run; None where they
+    were not counted.
     """
 
     run: str
+    architecture: str
     shards: int
     samples: int
     seed: int
     steps: int
+    flops_per_sample: float | None
     flops: float | None
     score: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class PowerLaw:
-    """error(samples) = floor + amplitude · (samples / unit)^-exponent; the score is one minus the error."""
-
-    floor: float
-    amplitude: float
-    exponent: float
-    unit: float
-
-    def score(self, samples: float) -> float:
-        """The score with so many samples."""
-        return 1 - self.floor - self.amplitude * (samples / self.unit) ** -self.exponent
-
-
-@dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """The score of one more run with so many samples, and its 95% prediction interval.
+    """The score of one more run with so many samples, by a model of so many FLOPs a sample (None: the only size).
 
-    It holds the forecasts of the fits that leave out one size, too: how far the law depends on each of them.
+    low, high: 95% prediction interval. It holds the forecasts of the fits that leave out one number of samples or one
+    size of model, too: how far the law depends on each of them.
     """
 
     samples: int
+    flops_per_sample: float | None
     score: float
     low: float
     high: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScalingReport(Result):
-    """What was measured, the fit to all of it, and the forecast of the largest size from the smaller ones.
+class ForecastCheck:
+    """The forecast of the largest runs by a law of other ones. measured: their mean score.
 
-    exponent_interval: 95%, by resampled residuals. check: the forecast of the largest size by the fit to the others;
-    measured: the mean score there. inside: how many of the runs there lie in its interval, of `runs_checked`.
-    beyond: forecasts of twice and of ten times the samples, by the fit to all.
+    known: the runs of the law: `smaller` ones in every respect, or all `others`, among which the largest model saw less
+    data and the largest data a smaller model. inside: how many of the `runs_checked` lie in the interval.
+    """
+
+    known: Literal["smaller", "others"]
+    fit: ScalingLaw
+    forecast: Forecast
+    measured: float
+    inside: int
+    runs_checked: int
+
+    def verdict(self, metric: str) -> str:
+        """Whether the forecast held, in a sentence."""
+        held = "held" if self.inside == self.runs_checked else "missed"
+        known = "smaller sizes" if self.known == "smaller" else "other runs"
+        score, low, high, measured = (
+            format_score(metric, value)
+            for value in (self.forecast.score, self.forecast.low, self.forecast.high, self.measured)
+        )
+        return (
+            f"The forecast for {self.forecast.samples:,} samples from the {known} {held}: {score} ({low} to {high}), "
+            f"measured {measured}; {self.inside} of {self.runs_checked} runs inside."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetPlan:
+    """How the law divides a budget of training FLOPs between model and data.
+
+    best: the best size of model of any; None where the law has none. architecture: the best of those that were trained,
+    with the samples and the score that the law gives it.
+    """
+
+    flops: float
+    best: BestSize | None
+    architecture: str
+    samples: int
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingReport(Result):
+    """What was measured, the fit to all of it, and the forecast of the largest runs from others.
+
+    sizes: FLOPs a sample of each architecture, smallest first; empty where there is one. checks: from smaller runs
+    where they tell the law, and with several architectures from all other runs. beyond: forecasts by the fit to all:
+    twice and ten times the samples; with several architectures twice the samples, twice the size, and both ten times.
+    budgets: empty for one architecture, and where compute does not grow with the data.
     """
 
     metric: str
     hold: str
     points: tuple[ScalingPoint, ...]
-    fit: PowerLaw
-    exponent_interval: tuple[float, float]
-    fit_of_smaller: PowerLaw
-    check: Forecast
-    measured: float
-    inside: int
-    runs_checked: int
+    sizes: dict[str, float]
+    fit: ScalingLaw
+    checks: tuple[ForecastCheck, ...]
     beyond: tuple[Forecast, ...]
+    budgets: tuple[BudgetPlan, ...]
+
+    def score(self, samples: float, size: float | None = None, *, law: ScalingLaw | None = None) -> float:
+        """The score that a law gives, that of all runs unless another is named."""
+        return error_of(self.metric, (law or self.fit).error(samples, size))
 
     def verdict(self) -> str:
-        """Whether the forecast held, in a sentence."""
-        held = "held" if self.inside == self.runs_checked else "missed"
-        return (
-            f"The forecast for {self.check.samples:,} samples from the smaller sizes {held}: {self.check.score:.1%} "
-            f"({self.check.low:.1%} to {self.check.high:.1%}), measured {self.measured:.1%}; {self.inside} of "
-            f"{self.runs_checked} runs inside."
-        )
+        """Whether the forecasts held, a sentence each."""
+        return "\n".join(check.verdict(self.metric) for check in self.checks)
 
 
 def measure_scaling(
     config: TrainConfig,
     *,
     shares: Sequence[float] = (0.0625, 0.125, 0.25, 0.5, 1.0),
+    architectures: Sequence[str] = (),
     seeds: int = 2,
     metric: str = "text_to_image_recall@10",
     hold: Literal["steps", "epochs"] = "steps",
+    budgets: Sequence[float] = (),
 ) -> ScalingReport:
     """Train on nested subsets of the shards and fit how the metric grows; finished runs are read, not repeated.
 
     config: of the largest run; its `run` is the folder of all runs. shares: of the shards, in a random order that is
-    the same for all sizes and seeds. hold: `steps` gives each size those of the largest, so that data alone differ;
-    `epochs` gives each its own number, so that compute grows with the data.
+    the same for all sizes and seeds. architectures: models of different sizes, each trained on each subset; none takes
+    the configuration's. hold: `steps` gives each size those of the largest, so that data alone differ; `epochs` gives
+    each its own number, so that compute grows with the data. budgets: training FLOPs to divide between model and data;
+    none takes those of the largest run, and ten times as many.
 
     Raises:
         UsageError: too few sizes for a fit, or settings that do not go with it. VlmError: a run had to end.
     """
-    parse_metric(metric)
-    _check(config, shares, seeds)
-    sizes = _nested_subsets(config, shares)
+    check_metric(metric)
+    _check(config, shares, architectures, seeds)
+    _check_budgets(budgets, architectures, hold)
+    subsets = _nested_subsets(config, shares)
     folder = Path(config.run)
     points: list[ScalingPoint] = []
     loader = config.loader
-    counts = count_samples(sizes[-1], allow_damage=loader.allow_damage, cache=resolve_shard_cache(loader))
-    for shards in sizes:
-        # the smaller sizes are the first shards of the largest
+    counts = count_samples(subsets[-1], allow_damage=loader.allow_damage, cache=resolve_shard_cache(loader))
+    for shards in subsets:
+        # the smaller subsets are the first shards of the largest
         samples = sum(counts[: len(shards)])
-        for number in range(seeds):
-            subset = _subset_config(config, shards, samples / sum(counts), seed=config.seed + number, hold=hold)
-            points.append(_measure(subset, metric, shards=len(shards), samples=samples))
-            logger.info(f"{samples:,} samples, seed {subset.seed}: {metric} {points[-1].score:.1%}")
-    report = fit_scaling(points, metric=metric, hold=hold)
+        for architecture in architectures or [""]:
+            for number in range(seeds):
+                seed = config.seed + number
+                subset = _subset_config(config, shards, samples / sum(counts), architecture, seed=seed, hold=hold)
+                points.append(_measure(subset, metric, shards=len(shards), samples=samples))
+                name = f"{architecture}, " if architecture else ""
+                logger.info(
+                    f"{name}{samples:,} samples, seed {seed}: {metric} {format_score(metric, points[-1].score)}"
+                )
+        if architectures:
+            # as soon as each was trained once
+            _sizes(points)
+    report = fit_scaling(points, metric=metric, hold=hold, budgets=budgets)
     write_text(folder / SCALING_FILE, json.dumps(report.to_json(), indent=2) + "\n")
     draw_scaling(report, folder / "scaling.png")
     return report
 
 
-def _check(config: TrainConfig, shares: Sequence[float], seeds: int) -> None:
+def _check(config: TrainConfig, shares: Sequence[float], architectures: Sequence[str], seeds: int) -> None:
     """Refuse, before a shard is read, what no fit can be made of.
 
     Raises:
@@ -170,10 +214,30 @@ def _check(config: TrainConfig, shares: Sequence[float], seeds: int) -> None:
     for share in shares:
         if not 0 < share <= 1:
             raise UsageError(f"--shares {share:g} is not a share of the shards; give numbers above 0, up to 1.")
+    if architectures and len(set(architectures)) < _LEAST_ARCHITECTURES:
+        raise UsageError(
+            f"--architectures {' '.join(architectures)}: a law of size needs {_LEAST_ARCHITECTURES} different ones, "
+            "and 4 for a forecast from smaller models; give more, or none to vary the data alone."
+        )
+    if architectures and config.model.start_from:
+        raise UsageError(
+            f"--start-from {config.model.start_from} has an architecture of its own; leave it or --architectures out."
+        )
+
+
+def _check_budgets(budgets: Sequence[float], architectures: Sequence[str], hold: str) -> None:
+    if budgets and not (architectures and hold == "epochs"):
+        raise UsageError(
+            "--budgets are divided between model and data: give --architectures, and --hold epochs, with which compute "
+            "grows with the data."
+        )
+    for budget in budgets:
+        if not 0 < budget < np.inf:
+            raise UsageError(f"--budgets {budget:g} is no number of FLOPs; give numbers above 0, e.g. 1e15.")
 
 
 def _nested_subsets(config: TrainConfig, shares: Sequence[float]) -> list[list[str]]:
-    """The shards of each size, the smallest first; each begins with those of the one before.
+    """The shards of each subset, the smallest first; each begins with those of the one before.
 
     Raises:
         UsageError: too few of the shares differ in whole shards.
@@ -186,15 +250,21 @@ def _nested_subsets(config: TrainConfig, shares: Sequence[float]) -> list[list[s
         raise UsageError(
             f"The shares {', '.join(f'{share:g}' for share in shares)} of {len(shards)} shards are {len(numbers)} "
             f"different sizes; a fit that is checked on the largest needs {_LEAST_SIZES}. Give other --shares, or pack "
-            "the data into more shards (vlm pack --shard-mb)."
+            "the data into more shards (vlm pack --samples-per-shard)."
         )
     return [order[:number] for number in numbers]
 
 
 def _subset_config(
-    config: TrainConfig, shards: Sequence[str], share: float, *, seed: int, hold: Literal["steps", "epochs"]
+    config: TrainConfig,
+    shards: Sequence[str],
+    share: float,
+    architecture: str,
+    *,
+    seed: int,
+    hold: Literal["steps", "epochs"],
 ) -> TrainConfig:
-    """The configuration of one run. share: of the samples of the largest size."""
+    """The configuration of one run. share: of the samples of the largest subset. architecture: empty as configured."""
     folder = Path(config.run)
     loader = config.loader
     if loader.cache_features and not loader.feature_folder:
@@ -209,141 +279,170 @@ def _subset_config(
     if hold == "epochs":
         # else the shortest runs would end while warming up
         optimizer = replace(optimizer, warmup_steps=max(round(optimizer.warmup_steps * share), 1))
+    model = config.model
+    name = f"shards-{len(shards)}-seed-{seed}"
+    if architecture:
+        model = replace(model, architecture=architecture)
+        name = f"{_folder_name(architecture)}-{name}"
     return replace(
         config,
         data=join_shards(list(shards)),
-        run=str(folder / f"shards-{len(shards)}-seed-{seed}"),
+        run=str(folder / name),
         seed=seed,
+        model=model,
         loader=loader,
         optimizer=optimizer,
         **changes,
     )
 
 
+def _folder_name(architecture: str) -> str:
+    """A name that can be a folder's; what had to be changed in it is told apart by a fingerprint."""
+    name = re.sub(r"[^\w.]+", "-", architecture)[:_LONGEST_NAME]
+    return name if name == architecture else f"{name}-{compute_fingerprint(architecture)[:6]}"
+
+
 def _measure(config: TrainConfig, metric: str, *, shards: int, samples: int) -> ScalingPoint:
-    """Train, or go on with, or read a run."""
-    folder = Path(config.run)
-    # the manifest is written last; a run that was cut off while it computed features has its configuration alone
-    if not (folder / MANIFEST).is_file():
-        # resuming refuses another configuration
-        train(config, resume=(folder / CONFIG).is_file())
-    record = read_run(folder)
-    differences = changed_settings(asdict(from_toml(TrainConfig, folder / CONFIG)), asdict(config))
-    changed = disallowed_changes(differences, (), free=FREE_OF_SCORES)
-    if changed:
-        raise UsageError(
-            f"{folder} is a run with other settings ({'; '.join(changed)}), whose score would not belong to this fit; "
-            "name another --run for these, or remove it."
-        )
-    recalls = parse_metric(metric)
-    last = next((line for line in reversed(record.lines) if all(name in line for name in recalls)), None)
-    if last is None:
-        raise UsageError(f"{folder} has not measured {metric}; remove it, and it is trained again.")
-    flops: float | None = None
-    names = ("forward_flops_per_sample", "backward_flops_per_sample")
-    if all(record.telemetry.get(name) for name in names):
-        flops = sum(record.telemetry[name] for name in names) * record.planned_steps * config.batch_size
+    measured = measure_run(config, metric)
+    flops_per_sample = measured.flops_per_sample
     return ScalingPoint(
-        run=str(folder),
+        run=measured.run,
+        architecture=config.model.architecture,
         shards=shards,
         samples=samples,
         seed=config.seed,
-        steps=record.planned_steps,
-        flops=flops,
-        score=float(np.mean([last[name] for name in recalls])),
+        steps=measured.steps,
+        flops_per_sample=flops_per_sample,
+        flops=None if flops_per_sample is None else flops_per_sample * measured.samples_seen,
+        score=measured.score,
     )
 
 
-def fit_scaling(points: Sequence[ScalingPoint], *, metric: str, hold: str = "steps", seed: int = 0) -> ScalingReport:
-    """The report of what was measured: the fits, their intervals and the check. seed: of the resampling."""
+def _sizes(points: Sequence[ScalingPoint]) -> dict[str, float]:
+    """The FLOPs a sample of each architecture, smallest first; empty where there is one architecture only.
+
+    Raises:
+        UsageError: they are not known, or two are too near to each other.
+    """
+    counted: dict[str, list[float]] = {}
+    for point in points:
+        counted.setdefault(point.architecture, []).append(point.flops_per_sample or 0.0)
+    if len(counted) == 1:
+        return {}
+    # captions of other lengths take other FLOPs: the mean of the runs
+    sizes = sorted((float(np.mean(values)), name) for name, values in counted.items())
+    for size, name in sizes:
+        if not size:
+            raise UsageError(f"The FLOPs of {name} cannot be counted, so that it has no size; leave it out.")
+    for (size, name), (larger, next_name) in pairwise(sizes):
+        if larger < _LEAST_RATIO * size:
+            raise UsageError(
+                f"{name} and {next_name} take {size:.3g} and {larger:.3g} FLOPs a sample, too near for a law of size; "
+                "leave one of them out."
+            )
+    return {name: size for size, name in sizes}
+
+
+def fit_scaling(
+    points: Sequence[ScalingPoint], *, metric: str, hold: str = "steps", budgets: Sequence[float] = (), seed: int = 0
+) -> ScalingReport:
+    """The report of what was measured: the fits, their intervals and the checks. seed: of the resampling."""
     rng = np.random.default_rng(seed)
-    largest = max(point.samples for point in points)
-    smaller = [point for point in points if point.samples < largest]
-    at_largest = np.array([point.score for point in points if point.samples == largest])
-    (check,), fit_of_smaller, _ = _fit(smaller, [largest], rng)
-    beyond, fit, exponents = _fit(points, [2 * largest, 10 * largest], rng)
-    low, high = np.percentile(exponents, _INTERVAL)
+    sizes = _sizes(points)
+    runs = _Runs(tuple(points), sizes, metric)
+    checks: list[ForecastCheck] = []
+    if len(sizes) != _LEAST_ARCHITECTURES:
+        checks.append(runs.check("smaller", rng))
+    if sizes:
+        checks.append(runs.check("others", rng))
+    fit = runs.fit(points, rng)
+    largest = runs.largest
+    factors = [(2, 1), (1, 2), (10, 10)] if sizes else [(2, 1), (10, 1)]
+    beyond: list[Forecast] = []
+    for more_samples, larger in factors:
+        size = runs.size_of(largest)
+        beyond.append(runs.forecast(fit, more_samples * largest.samples, size and larger * size, rng))
+    plans: list[BudgetPlan] = []
+    if sizes and hold == "epochs" and largest.flops:
+        for budget in budgets or (largest.flops, 10 * largest.flops):
+            plans.append(_plan(runs, fit, budget))
     return ScalingReport(
         metric=metric,
         hold=hold,
         points=tuple(points),
-        fit=fit,
-        exponent_interval=(float(low), float(high)),
-        fit_of_smaller=fit_of_smaller,
-        check=check,
-        measured=float(at_largest.mean()),
-        inside=int(((check.low <= at_largest) & (at_largest <= check.high)).sum()),
-        runs_checked=len(at_largest),
+        sizes=sizes,
+        fit=fit.law,
+        checks=tuple(checks),
         beyond=tuple(beyond),
+        budgets=tuple(plans),
     )
 
 
-def _fit(
-    points: Sequence[ScalingPoint], targets: Sequence[int], rng: np.random.Generator
-) -> tuple[list[Forecast], PowerLaw, Float[Array, " B"]]:
-    """Forecasts for the targets, the law, and the exponents of its resamples."""
-    samples = np.array([point.samples for point in points], np.float64)
-    errors = 1 - np.array([point.score for point in points], np.float64)
-    unit = float(samples.max())
-    law = _law(samples, errors, unit)
-    fitted = 1 - np.array([law.score(number) for number in samples])
-    # a fit of three parameters lies nearer to its points than the truth does
-    residuals = (errors - fitted) * np.sqrt(len(errors) / (len(errors) - _PARAMETERS))
-    resampled = fitted + rng.choice(residuals, (_RESAMPLES, len(errors)))
-    laws = _least_squares(samples / unit, resampled)
-    laws_without: list[PowerLaw] = []
-    for size in np.unique(samples):
-        others = samples != size
-        laws_without.append(_law(samples[others], errors[others], unit))
-    forecasts: list[Forecast] = []
-    for target in targets:
-        drawn = laws["floor"] + laws["amplitude"] * (target / unit) ** -laws["exponent"]
-        # the spread of one more run, too
-        scores = 1 - drawn - rng.choice(residuals, _RESAMPLES)
-        low, high = np.percentile(scores, _INTERVAL)
-        # residuals tell the spread of seeds; that the law bends shows where a size is left out
-        left_out = [other.score(target) for other in laws_without]
-        forecasts.append(
-            Forecast(
-                samples=target,
-                score=law.score(target),
-                low=min(float(low), *left_out),
-                high=max(float(high), *left_out),
-            )
+@dataclass(frozen=True)
+class _Runs:
+    """The measured runs. sizes: FLOPs a sample of each architecture, smallest first; empty for one."""
+
+    points: tuple[ScalingPoint, ...]
+    sizes: dict[str, float]
+    metric: str
+
+    @property
+    def largest(self) -> ScalingPoint:
+        """A run of the largest model on the most samples."""
+        return max(self.points, key=lambda point: (point.samples, self.size_of(point) or 0.0))
+
+    def size_of(self, point: ScalingPoint) -> float | None:
+        """FLOPs a sample; None where all runs have the same."""
+        return self.sizes.get(point.architecture)
+
+    def fit(self, points: Sequence[ScalingPoint], rng: np.random.Generator) -> LawFit:
+        """The law of some of them."""
+        quantities: list[list[float]] = []
+        for point in points:
+            size = self.size_of(point)
+            quantities.append([float(point.samples)] if size is None else [float(point.samples), size])
+        errors = [error_of(self.metric, point.score) for point in points]
+        return fit_law(np.array(quantities), np.array(errors), rng)
+
+    def forecast(self, fit: LawFit, samples: int, size: float | None, rng: np.random.Generator) -> Forecast:
+        """The score that a law forecasts."""
+        forecast = fit.forecast([samples] if size is None else [samples, size], rng)
+        limits = sorted((error_of(self.metric, forecast.low), error_of(self.metric, forecast.high)))
+        score = error_of(self.metric, forecast.error)
+        return Forecast(samples=samples, flops_per_sample=size, score=score, low=limits[0], high=limits[1])
+
+    def check(self, known: Literal["smaller", "others"], rng: np.random.Generator) -> ForecastCheck:
+        """The forecast of the largest runs by the law of others."""
+        largest = self.largest
+        size = self.size_of(largest)
+        at_largest: list[float] = []
+        others: list[ScalingPoint] = []
+        for point in self.points:
+            # with one architecture the two ways are one
+            is_large = (point.samples == largest.samples, size is None or self.size_of(point) == size)
+            if all(is_large):
+                at_largest.append(point.score)
+            elif known == "others" or not (is_large[0] or (size is not None and is_large[1])):
+                others.append(point)
+        fit = self.fit(others, rng)
+        forecast = self.forecast(fit, largest.samples, size, rng)
+        return ForecastCheck(
+            known=known,
+            fit=fit.law,
+            forecast=forecast,
+            measured=float(np.mean(at_largest)),
+            inside=sum(forecast.low <= score <= forecast.high for score in at_largest),
+            runs_checked=len(at_largest),
         )
-    return forecasts, law, laws["exponent"]
 
 
-def _law(samples: Float[Array, " N"], errors: Float[Array, " N"], unit: float) -> PowerLaw:
-    best = _least_squares(samples / unit, errors[None])
-    return PowerLaw(
-        floor=float(best["floor"][0]),
-        amplitude=float(best["amplitude"][0]),
-        exponent=float(best["exponent"][0]),
-        unit=unit,
-    )
-
-
-def _least_squares(sizes: Float[Array, " N"], errors: Float[Array, "B N"]) -> dict[str, Float[Array, " B"]]:
-    """Floor, amplitude and exponent of each row, none below zero.
-
-    For each exponent of a grid the other two are linear, so that no start has to be guessed and no optimum is local.
-    """
-    best = np.full(len(errors), np.inf)
-    values = {name: np.zeros(len(errors)) for name in ("floor", "amplitude", "exponent")}
-    for exponent in _EXPONENTS:
-        basis = sizes**-exponent
-        centred = basis - basis.mean()
-        amplitude = errors @ centred / (centred @ centred)
-        floor = errors.mean(axis=1) - amplitude * basis.mean()
-        # at the bounds: through the origin, or no growth at all
-        amplitude = np.where(floor < 0, errors @ basis / (basis @ basis), amplitude)
-        floor = np.maximum(floor, 0)
-        floor = np.where(amplitude < 0, errors.mean(axis=1), floor)
-        amplitude = np.maximum(amplitude, 0)
-        squares = ((errors - floor[:, None] - amplitude[:, None] * basis) ** 2).sum(axis=1)
-        is_better = squares < best
-        best = np.where(is_better, squares, best)
-        for name, value in (("floor", floor), ("amplitude", amplitude), ("exponent", exponent)):
-            values[name] = np.where(is_better, value, values[name])
-    return values
+def _plan(runs: _Runs, fit: LawFit, budget: float) -> BudgetPlan:
+    largest = runs.largest
+    visits = (largest.flops or 0.0) / (largest.flops_per_sample or 1.0) / largest.samples
+    by_error: list[tuple[float, str, int]] = []
+    for name, size in runs.sizes.items():
+        samples = max(round(budget / size / visits), 1)
+        by_error.append((fit.law.error(samples, size), name, samples))
+    error, name, samples = min(by_error)
+    best = fit.best_size(budget, visits)
+    return BudgetPlan(flops=budget, best=best, architecture=name, samples=samples, score=error_of(runs.metric, error))

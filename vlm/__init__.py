@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from vlm.api.packing import pack as pack
     from vlm.api.runs import compare_runs as compare_runs
     from vlm.api.runs import list_runs as list_runs
+    from vlm.api.training import fit_mixture as fit_mixture
     from vlm.api.training import reinforce as reinforce
     from vlm.api.training import scale as scale
     from vlm.api.training import soup as soup
@@ -80,6 +81,7 @@ __all__ = [
     "fetch_model",
     "find",
     "fit_head",
+    "fit_mixture",
     "fit_reranker",
     "import_embeddings",
     "inspect",
@@ -127,6 +129,7 @@ _MODULES: dict[str, str] = {
     "fetch_model": "vlm.api.local_models",
     "find": "vlm.api.find",
     "fit_head": "vlm.api.index_building",
+    "fit_mixture": "vlm.api.training",
     "fit_reranker": "vlm.api.index_building",
     "import_embeddings": "vlm.api.index_building",
     "inspect": "vlm.api.curation",

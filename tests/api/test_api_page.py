@@ -69,6 +69,7 @@ SHOWN = {"json", "html", "files", "null", "open", "yes"}
 OTHERWISE = {
     "train": {"config": "settings"},
     "scale": {"config": "settings"},
+    "mixture": {"config": "settings"},
     "models": {"fetch": "vlm.fetch_model"},
     "runs compare": {"out": "RunComparison.draw"},
     "eval": {"models": "model"},

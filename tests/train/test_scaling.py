@@ -1,20 +1,26 @@
-"""A law of growth is found again in data drawn from it, its forecast is checked, and runs on subsets feed it."""
+"""A law of growth is found again in data drawn from it, its forecast is checked, and runs on subsets feed it.
+
+How laws of two quantities are fitted is in test_scaling_law.py.
+"""
 
 import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import vlm
 from vlm.cli.main import main
+from vlm.config import to_toml
 from vlm.data.pack import PackConfig, pack
 from vlm.data.sources.source import SceneOptions, SourceOptions
 from vlm.data.sources.source_registry import open_source
 from vlm.errors import UsageError
 from vlm.train.history import read_run
+from vlm.train.measured_run import MeasuredRun
 from vlm.train.scaling import ScalingPoint, fit_scaling
 
 
@@ -31,15 +37,28 @@ def interrupt(*arguments, **options):
     raise KeyboardInterrupt
 
 
+def point(run, architecture, samples, seed, size, score):
+    flops = None if size is None else size * 10 * samples
+    return ScalingPoint(
+        run=run,
+        architecture=architecture,
+        shards=1,
+        samples=samples,
+        seed=seed,
+        steps=10,
+        flops_per_sample=size,
+        flops=flops,
+        score=score,
+    )
+
+
 def points_of(law, sizes=(500, 1000, 2000, 4000, 8000), seeds=3, noise=0.003):
     rng = np.random.default_rng(5)
     points = []
     for size in sizes:
         for seed in range(seeds):
             score = float(law(size) + noise * rng.standard_normal())
-            points.append(
-                ScalingPoint(run=f"{size}-{seed}", shards=1, samples=size, seed=seed, steps=10, flops=None, score=score)
-            )
+            points.append(point(f"{size}-{seed}", "tiny", size, seed, None, score))
     return points
 
 
@@ -47,13 +66,15 @@ def test_a_power_law_with_a_floor_is_found_again_and_its_forecast_holds():
     def law(samples):
         return 1 - 0.4 - 0.1 * (samples / 8000) ** -0.5
 
-    report = fit_scaling(points_of(law), metric="recall@10")
-    low, high = report.exponent_interval
+    report: Any = fit_scaling(points_of(law), metric="recall@10")
+    low, high = report.fit.samples.exponent_interval
     assert 0.35 < low < 0.5 < high < 0.65
-    assert report.check.samples == 8000
-    assert report.check.low < 0.5 < report.check.high
-    assert report.inside == report.runs_checked == 3
+    [check] = report.checks
+    assert check.forecast.samples == 8000
+    assert check.forecast.low < 0.5 < check.forecast.high
+    assert check.inside == check.runs_checked == 3
     assert "held" in report.verdict()
+    assert (report.sizes, report.fit.size, report.budgets) == ({}, None, ())
     twice, ten_times = report.beyond
     assert (twice.samples, ten_times.samples) == (16000, 80000)
     assert twice.score == pytest.approx(law(16000), abs=0.02)
@@ -66,20 +87,200 @@ def test_growth_that_stops_where_no_smaller_size_showed_it_is_told_as_missed():
         return min(1 - 0.6 * (samples / 2000) ** -0.5, 0.58)
 
     report = fit_scaling(points_of(breaks_off), metric="recall@10")
-    assert report.check.low > report.measured
+    [check] = report.checks
+    assert check.forecast.low > check.measured
     assert "missed" in report.verdict()
     assert "0 of 3 runs inside" in report.verdict()
 
 
 def test_scores_that_do_not_grow_are_a_flat_line():
     report = fit_scaling(points_of(lambda samples: 0.4), metric="recall@10")
-    assert report.fit.score(80000) == pytest.approx(0.4, abs=0.02)
-    assert report.check.low < 0.4 < report.check.high
+    assert report.score(80000) == pytest.approx(0.4, abs=0.02)
+    assert report.checks[0].forecast.low < 0.4 < report.checks[0].forecast.high
+
+
+SIZES = {"small": 1e6, "medium": 4e6, "large": 1.6e7, "huge": 6.4e7}
+
+
+def error_of_size(samples, size):
+    return 1.5 + 0.6 * (samples / 8000) ** -0.5 + 0.4 * (size / 6.4e7) ** -0.4
+
+
+def grid_of(law, sizes=SIZES, noise=0.01, subsets=(500, 1000, 2000, 4000, 8000)):
+    """Runs of each size of model on each subset, two of each, whose losses are of a law."""
+    rng = np.random.default_rng(12)
+    points = []
+    for samples in subsets:
+        for name, size in sizes.items():
+            for seed in range(2):
+                loss = float(law(samples, size) + noise * rng.standard_normal())
+                points.append(point(f"{name}-{samples}-{seed}", name, samples, seed, size, loss))
+    return points
+
+
+def test_a_law_of_data_and_size_forecasts_the_largest_and_divides_budgets():
+    report: Any = fit_scaling(grid_of(error_of_size), metric="loss", hold="epochs", budgets=(6.4e7 * 80000, 1e13))
+    assert report.sizes == SIZES
+    for term, exponent in ((report.fit.samples, 0.5), (report.fit.size, 0.4)):
+        low, high = term.exponent_interval
+        assert low < exponent < high
+    smaller, others = report.checks
+    assert (smaller.known, others.known) == ("smaller", "others")
+    for check in report.checks:
+        assert check.forecast.low < 2.5 < check.forecast.high
+        assert (check.runs_checked, check.forecast.flops_per_sample) == (2, 6.4e7)
+        # one run in twenty lies outside
+        assert check.inside >= 1
+    # from farther away less is known
+    assert others.forecast.high - others.forecast.low < smaller.forecast.high - smaller.forecast.low
+    for forecast, truth in zip(report.beyond, [(16000, 6.4e7), (8000, 1.28e8), (80000, 6.4e8)], strict=True):
+        assert (forecast.samples, forecast.flops_per_sample) == truth
+        assert forecast.low < error_of_size(*truth) < forecast.high
+    first, second = report.budgets
+    # ten visits of each sample, as the runs had
+    assert first.samples == round(first.flops / SIZES[first.architecture] / 10)
+    by_truth: Any = {name: error_of_size(first.flops / size / 10, size) for name, size in SIZES.items()}
+    assert first.architecture == min(by_truth, key=by_truth.get)
+    assert second.best.size > first.best.size
+    assert first.best.size * first.best.samples_seen == pytest.approx(first.flops)
+
+
+def test_three_sizes_forecast_the_largest_from_all_others_alone():
+    three = dict(list(SIZES.items())[:3])
+    report = fit_scaling(grid_of(error_of_size, three), metric="loss", hold="steps")
+    [check] = report.checks
+    assert check.known == "others"
+    assert "from the other runs held" in report.verdict()
+    # compute does not grow with data, and so is not divided
+    assert report.budgets == ()
+
+
+def test_a_largest_model_that_breaks_off_is_told_as_missed():
+    def breaks_off(samples, size):
+        return error_of_size(samples, min(size, 1.6e7)) + (0.3 if size > 2e7 and samples == 8000 else 0)
+
+    report = fit_scaling(grid_of(breaks_off), metric="loss", hold="epochs")
+    assert all(check.inside == 0 for check in report.checks)
+    assert report.verdict().count("missed") == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (SIZES | {"equal": 1.02e6}, r"small and equal take 1e\+06 and 1\.02e\+06 FLOPs a sample, too near"),
+        (SIZES | {"unknown": None}, "The FLOPs of unknown cannot be counted"),
+    ],
+)
+def test_sizes_that_make_no_law_are_named(sizes, message):
+    with pytest.raises(UsageError, match=message):
+        fit_scaling(grid_of(lambda samples, size: 2.0, sizes), metric="loss")
+
+
+NAMES = ("vit:16x1/8+bag@16", "vit:32x1/8+bag@16", "vit:64x1/8+bag@16")
+
+
+@pytest.fixture
+def pretended_runs(monkeypatch):
+    """The configurations of the runs that were asked for, whose losses follow a law."""
+    asked = []
+
+    def measure(config, metric):
+        asked.append(config)
+        size = SIZES[list(SIZES)[NAMES.index(config.model.architecture)]]
+        share = len(config.data.split("::"))
+        return MeasuredRun(
+            run=config.run,
+            steps=config.steps,
+            samples_seen=10 * 8 * share,
+            flops_per_sample=size,
+            score=error_of_size(8 * share, size),
+        )
+
+    monkeypatch.setattr("vlm.train.scaling.measure_run", measure)
+    monkeypatch.setattr("vlm.train.scaling_law._RESAMPLES", 20)
+    return asked
+
+
+def test_each_architecture_is_trained_on_each_subset(configure, scene_shards, small_shards, pretended_runs, capsys):
+    config = configure("sizes", data=small_shards, val=str(scene_shards / "val"), steps=10, batch_size=8)
+    Path(config.run).mkdir()
+    report = vlm.scale(
+        config, shares=(0.2, 0.4, 0.6, 0.8, 1.0), architectures=NAMES, seeds=1, metric="loss", hold="epochs"
+    )
+    assert len(pretended_runs) == len({run.run for run in pretended_runs}) == 15
+    # the smallest subset first with each, so that sizes too near are told at once
+    assert [run.model.architecture for run in pretended_runs[:3]] == list(NAMES)
+    assert [run.steps for run in pretended_runs[::3]] == [2, 4, 6, 8, 10]
+    folders = [Path(run.run) for run in pretended_runs]
+    assert all(folder.parent == Path(config.run) for folder in folders)
+    assert [point.architecture for point in report.points[:3]] == list(NAMES)
+    assert list(report.sizes) == list(NAMES)
+    assert json.loads(Path(config.run, "scaling.json").read_text()) == report.to_json()
+    assert Path(config.run, "scaling.png").stat().st_size > 1000
+    # the verb has the same, and another architecture leaves the runs of these as they are
+    Path(config.run, "config.toml").write_text(to_toml(config))
+    words = [config.run, "--run", config.run, "--shares", "0.2", "0.4", "0.6", "0.8", "1.0", "--seeds", "1"]
+    words += ["--metric", "loss", "--hold", "epochs", "--architectures", *NAMES]
+    capsys.readouterr()
+    assert main(["--quiet", "scale", *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == report.to_json()
+    assert [Path(run.run) for run in pretended_runs[15:]] == folders
+    assert main(["--quiet", "scale", *words, "--budgets", "1e12"]) == 0
+    shown = capsys.readouterr().out
+    assert "1e+12" in shown
+    assert "FLOPs a sample / 1.6e+07" in shown
+    for words_of_verdict in report.verdict().split():
+        assert words_of_verdict in shown
+
+
+@pytest.mark.slow
+def test_runs_of_several_sizes_are_trained_once(configure, scene_shards, small_shards):
+    config = configure("sizes", data=small_shards, val=str(scene_shards / "val"), steps=5, batch_size=8)
+    settings: dict[str, Any] = {
+        "shares": (0.2, 0.4, 0.6, 0.8, 1.0),
+        "architectures": NAMES,
+        "seeds": 1,
+        "metric": "loss",
+    }
+    report = vlm.scale(config, **settings)
+    sizes = list(report.sizes.values())
+    assert sizes == sorted(sizes)
+    losses = [point.score for point in report.points]
+    assert all(0 < loss < 10 for loss in losses)
+    assert len(set(losses)) == 15
+    manifests = [Path(point.run, "manifest.json") for point in report.points]
+    before = [manifest.stat().st_mtime_ns for manifest in manifests]
+    assert vlm.scale(config, **settings) == report
+    assert [manifest.stat().st_mtime_ns for manifest in manifests] == before
+    # a recall is read from the same runs
+    settings["metric"] = "recall@10"
+    recalls = vlm.scale(config, **settings)
+    assert [point.run for point in recalls.points] == [point.run for point in report.points]
+    assert all(0 <= point.score <= 1 for point in recalls.points)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"architectures": ["tiny"]}, "--architectures tiny: a law of size needs 3 different ones"),
+        ({"architectures": ["tiny", "small", "tiny"]}, "needs 3 different ones"),
+        ({"architectures": NAMES, "start_from": "runs/first"}, "--start-from runs/first has an architecture"),
+        ({"budgets": [1e15]}, "--budgets are divided between model and data"),
+        ({"architectures": NAMES, "budgets": [1e15]}, "--hold epochs"),
+        ({"architectures": NAMES, "hold": "epochs", "budgets": [-1.0]}, "--budgets -1 is no number of FLOPs"),
+        ({"metric": "recall@7"}, "Unknown metric 'recall@7'"),
+    ],
+)
+def test_sizes_and_budgets_that_do_not_fit_are_refused(configure, scene_shards, small_shards, settings, message):
+    config = configure("scaling", data=small_shards, val=str(scene_shards / "val"), steps=1)
+    with pytest.raises(UsageError, match=message):
+        vlm.scale(config, shares=(0.2, 0.4, 0.6, 0.8, 1.0), **settings)
+    assert not Path(config.run).exists()
 
 
 def test_runs_on_nested_subsets_are_trained_once_and_read_again(configure, scene_shards, small_shards, capsys):
     config = configure("scaling", data=small_shards, val=str(scene_shards / "val"), steps=5, batch_size=8)
-    settings = {"shares": (0.2, 0.4, 0.6, 0.8, 1.0), "seeds": 1, "metric": "recall@10", "hold": "epochs"}
+    settings: Any = {"shares": (0.2, 0.4, 0.6, 0.8, 1.0), "seeds": 1, "metric": "recall@10", "hold": "epochs"}
     # a run that was cut off while its features were computed has its configuration alone
     interrupted = Path(config.run, "shards-1-seed-0")
     with pytest.MonkeyPatch.context() as patch:

@@ -24,6 +24,7 @@ from vlm.results import Result
 from vlm.train.averaging import Ingredient, Measure, PathPoint, build_soup, parse_metric, retrieval_measure
 from vlm.train.dataset_reinforcement import ReinforceConfig, ReinforceSummary, Teachers
 from vlm.train.dataset_reinforcement import reinforce as reinforce_shards
+from vlm.train.mixture_weights import MixtureReport, measure_mixture
 from vlm.train.presets import open_preset
 from vlm.train.run import RunSummary
 from vlm.train.run import train as train_run
@@ -88,31 +89,85 @@ def scale(
     val: Shards | None = None,
     run: str | Path | None = None,
     shares: Sequence[float] = (0.0625, 0.125, 0.25, 0.5, 1.0),
+    architectures: str | Sequence[str] = (),
     seeds: int = 2,
     metric: str = "text_to_image_recall@10",
     hold: Literal["steps", "epochs"] = "steps",
+    budgets: Sequence[float] = (),
     **settings: Any,
 ) -> ScalingReport:
-    """Forecast what more data would bring, as `vlm scale` does; repeat the call to go on, finished runs are read.
+    """Forecast what more data would bring, and a larger model, as `vlm scale` does; repeat the call to go on, finished
+    runs are read.
 
     Args:
         preset, data, val, settings: as of `train`. run: folder of all the runs, of scaling.json and scaling.png.
-        shares: sizes as shares of the shards. seeds: runs of each. metric: the score, of `vlm soup --metric`'s names.
+        shares: sizes as shares of the shards. architectures: models of different sizes, three or more, each trained on
+            all shares. seeds: runs of each.
+        metric: the score, of `vlm soup --metric`'s names, or `loss`, the contrastive loss of the held-out data.
         hold: what all sizes have alike, the steps of the largest or the epochs.
+        budgets: training FLOPs to divide between model and data; none takes those of the largest run, and ten times as
+            many.
 
     Raises:
         UsageError: too few sizes or runs for a fit, or a configuration that cannot work. VlmError: a run had to end.
     """
     config = preset if isinstance(preset, TrainConfig) else open_preset(str(preset))
     config = _overridden(config, data, val, run, settings)
+    _check_alone("scale")
+    with _memory_error_explained(config, "repeat the command with it and another --run"):
+        return measure_scaling(
+            config,
+            shares=number_list(shares, "shares"),
+            architectures=text_list(architectures, "architectures"),
+            seeds=seeds,
+            metric=metric,
+            hold=hold,
+            budgets=number_list(budgets, "budgets"),
+        )
+
+
+@os_errors_explained()
+def fit_mixture(
+    preset: str | Path | TrainConfig,
+    *,
+    data: str | Path | None = None,
+    val: Shards | None = None,
+    run: str | Path | None = None,
+    probes: int = 16,
+    seeds: int = 2,
+    metric: str = "loss",
+    concentration: float = 1.0,
+    **settings: Any,
+) -> MixtureReport:
+    """Choose the weights of a mixture's sources by small runs, as `vlm mixture` does.
+
+    Repeat the call to go on after an interruption, or with more probes: finished runs are read.
+
+    Args:
+        preset, val, settings: as of `train`, for a probe; `steps` is needed. data: a mixture file (.toml), whose
+            weights are not used. run: folder of all the runs, of mixture.toml with the recommended weights,
+            mixture.json and mixture.png.
+        probes: runs with drawn weights. seeds: runs of the recommended weights, and of equal ones; 0 checks nothing.
+        metric: the score to improve, `loss` or a recall, as of `scale`.
+        concentration: of the Dirichlet distribution that weights are drawn from.
+
+    Raises:
+        UsageError: one source, too few probes, or a configuration that cannot work. VlmError: a run had to end.
+    """
+    config = preset if isinstance(preset, TrainConfig) else open_preset(str(preset))
+    config = _overridden(config, data, val, run, settings)
+    _check_alone("mixture")
+    with _memory_error_explained(config, "repeat the command with it and another --run"):
+        return measure_mixture(config, probes=probes, seeds=seeds, metric=metric, concentration=concentration)
+
+
+def _check_alone(verb: str) -> None:
     world_size = ProcessRank.from_environment().world_size
     if world_size > 1:
         raise UsageError(
-            f"This is one of {world_size} processes, each of which would fit and write; start vlm scale alone, after "
+            f"This is one of {world_size} processes, each of which would fit and write; start vlm {verb} alone, after "
             "training its larger runs with vlm train under a launcher, if they need several processes."
         )
-    with _memory_error_explained(config, "repeat the command with it and another --run"):
-        return measure_scaling(config, shares=number_list(shares, "shares"), seeds=seeds, metric=metric, hold=hold)
 
 
 def _overridden(

@@ -31,7 +31,12 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "doctor": ("doctor", "Doctor", "benchmark the input pipeline: disk, decode, augment, device, model"),
     "tokenizer train": ("train", "TrainTokenizer", "captions of shards → a SentencePiece tokenizer"),
     "train": ("train", "Train", "pretrain or fine-tune on shards"),
-    "scale": ("scale", "Scale", "runs on less data → a power law, and a checked forecast of what more would bring"),
+    "scale": (
+        "scale",
+        "Scale",
+        "runs on less data, and smaller models → a law, and a checked forecast of what more would bring",
+    ),
+    "mixture": ("mixture", "Mixture", "small runs on drawn mixtures → the weights of their sources, checked"),
     "runs": ("runs", "ListRuns", "list training runs with progress, quality and throughput"),
     "runs compare": ("runs", "CompareRuns", "compare runs with each other, or with a recipe's reference curves"),
     "models": ("models", "ListModels", "list the models that load without a network, and fetch one ahead"),
