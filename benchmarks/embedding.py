@@ -3,8 +3,9 @@
 
     benchmarks/run embedding [--shards flickr8k] [--pairs 3000] [--json]
 
-All sides use the same weights, batches, readers and threads; each run has its own process, and runs alternate. The
-vectors of both tools are compared. The bare model sees one batch repeatedly and reads nothing. In a minute:
+All sides use the same weights, batches, readers and threads; each run has its own process, and runs alternate. `vlm
+embed` runs by the model's ONNX export, which is made beforehand, and by torch. The vectors of both tools, and of both
+backends, are compared. The bare model sees one batch repeatedly and reads nothing. In a minute:
 --pairs 256 --repeats 1 --batch-size 64 --bare-seconds 2 --width 64 --layers 1.
 """
 
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,10 +29,12 @@ from vlm.errors import VlmError
 sys.path.insert(0, str(Path(__file__).parent))
 from parts.embedding_data import Network, write_model, write_shards
 from parts.embedding_runs import (
+    PROCESSOR,
     WHOLE_CALL,
     WORK,
     Setting,
     agreement,
+    export_ours,
     run_clip_retrieval,
     run_ours,
     vectors_of_clip_retrieval,
@@ -42,7 +46,12 @@ from parts.messages import say
 from parts.open_clip_environment import shards_of
 
 OURS = "vlm embed"
-SIDES: dict[str, Callable[[Setting], dict[str, float]]] = {"clip-retrieval": run_clip_retrieval, OURS: run_ours}
+OURS_BY_TORCH = "vlm embed --backend torch"
+SIDES: dict[str, Callable[[Setting], dict[str, float]]] = {
+    "clip-retrieval": run_clip_retrieval,
+    OURS: partial(run_ours, backend="onnx"),
+    OURS_BY_TORCH: partial(run_ours, backend="torch"),
+}
 Rates = dict[str, dict[str, float]]
 """Pairs per second by name and kind."""
 
@@ -120,6 +129,8 @@ def _measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
         threads=arguments.threads,
     )
     asked = {"model": str(model), "captions": captions[: arguments.batch_size], "seconds": arguments.bare_seconds}
+    say("Exporting the model to ONNX …")
+    export = export_ours(setting)
     rates: list[Rates] = []
     with Side(sys.executable, "bare_embedding.py", threads=arguments.threads) as side:
         for repeat in range(arguments.repeats):
@@ -130,17 +141,29 @@ def _measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
             say("The bare model, and reading …")
             alone = side.ask(shard=str(setting.shards / "00000.tar"), **asked)
             rates.append(found | _bounds(alone, arguments.threads))
-    agrees = agreement(vectors_of_ours(setting), vectors_of_clip_retrieval(setting))
-    return {"pairs_per_s": _medians(rates), "ours_to": _ratios(rates), "runs": rates, "agreement": agrees}
+    ours = vectors_of_ours(setting, "onnx")
+    return {
+        "pairs_per_s": _medians(rates),
+        "ours_to": _ratios(rates),
+        "runs": rates,
+        "export": export,
+        "agreement": agreement(ours, vectors_of_clip_retrieval(setting)),
+        "agreement_of_backends": agreement(ours, vectors_of_ours(setting, "torch")),
+    }
 
 
 def _bounds(alone: dict[str, float], cores: int) -> Rates:
     """Upper bounds from the parts; the last is for a model and readers that share the cores and never wait."""
-    shared = 1 / (1 / alone["cut"] + 1 / (alone["reading"] * cores))
+
+    def with_reading(rate: float) -> float:
+        return 1 / (1 / rate + 1 / (alone["reading"] * cores))
+
     return {
         "bare model": {WORK: alone["whole"]},
         "bare model, texts trimmed": {WORK: alone["cut"]},
-        "bare model, texts trimmed, and reading on its cores": {WORK: shared},
+        "bare model, texts trimmed, and reading on its cores": {WORK: with_reading(alone["cut"])},
+        "bare export, texts by length": {WORK: alone["export"]},
+        "bare export, texts by length, and reading on its cores": {WORK: with_reading(alone["export"])},
         "one reader": {WORK: alone["reading"]},
     }
 
@@ -159,7 +182,7 @@ def _ratios(rates: list[Rates]) -> Rates:
 
 
 def _show(arguments: Arguments, result: dict[str, Any]) -> None:
-    kinds = (WHOLE_CALL, WORK)
+    kinds = (WHOLE_CALL, WORK, PROCESSOR)
 
     def cells(figures: Rates, form: str) -> list[list[str]]:
         return [
@@ -170,10 +193,13 @@ def _show(arguments: Arguments, result: dict[str, Any]) -> None:
     title += f"readers, {arguments.threads} threads: pairs/s"
     show_table(["", *kinds], cells(result["pairs_per_s"], ".1f"), title=title)
     show_table(["", *kinds], cells(result["ours_to"], ".2f"), title="vlm embed to")
-    agrees = result["agreement"]
-    show_table(
-        ["cosine of both vectors of a sample", *agrees["image"]],
-        [[what, *(f"{value:.5f}" for value in found.values())] for what, found in agrees.items()],
+    for key, names in (("agreement", "ours and theirs"), ("agreement_of_backends", "ours by both backends")):
+        agrees = result[key]
+        rows = [[what, *(f"{value:.7f}" for value in found.values())] for what, found in agrees.items()]
+        show_table([f"cosine of both vectors of a sample, {names}", *agrees["image"]], rows)
+    export = result["export"]
+    print(
+        f"The export: {export['seconds']:.1f} s, {export['processor_seconds']:.1f} of the processor, once for a model."
     )
     print(f"To repeat: {result['command']}")
 

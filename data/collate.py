@@ -1,8 +1,7 @@
 """Collating: the samples a batch sampler names become a batch, in a loader's worker or in this process.
 
-`TrainingCollator` draws one view and one caption of each sample and replaces the samples that cannot be used.
-`EvalCollator`, for evaluation and embedding, gives each sample with its fixed view, all its captions and its metadata,
-and leaves out what cannot be used.
+`TrainingCollator` draws one view and one caption of each sample and replaces the samples that cannot be used; what
+evaluation and embedding read is `EvalCollator` of `vlm.data.shards`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,44 +19,13 @@ from vlm.data.gpu_decode import PreparedView, prepare_view
 from vlm.data.loader import stream_batches
 from vlm.data.precomputed_features import CachedFeatures, PrecomputedFeatures
 from vlm.data.sampler import BatchIndices, BatchSampler, SequentialBatches
-from vlm.data.samples import Captions, RandomSource, Sample, SampleIndex, SampleRng, shuffled
-from vlm.data.shards import ShardSet, count_samples
+from vlm.data.samples import RandomSource, Sample, SampleIndex, SampleRng, shuffled
+from vlm.data.shards import EvalBatch, EvalCollator, SampleFailure, ShardSet, count_samples, sample_failure
 from vlm.data.tokenizers import Tokenizer, trim_tokens
 from vlm.data.transforms import Crop, EvalTransform, LocalCrops, RandomResizedCrop
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import content_digest
 from vlm.tensor_types import Array, Float, Int64, Tensor, UInt8
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleFailure:
-    """A sample that cannot be used: where it is, its key, the byte offset of its first part in the tar, and why.
-
-    is_replacement: it was not requested itself, but tried in place of another.
-    """
-
-    sample_index: SampleIndex
-    key: str
-    offset: int
-    reason: str
-    detail: str
-    is_replacement: bool = False
-
-
-def sample_failure(
-    sample_index: SampleIndex, error: BadSample, shards: ShardSet, *, is_replacement: bool = False
-) -> SampleFailure:
-    """The failure that an error makes of a sample."""
-    key, offset = shards.key_and_offset(sample_index)
-    return SampleFailure(
-        sample_index=sample_index,
-        key=key,
-        offset=offset,
-        reason=error.reason,
-        detail=error.detail,
-        is_replacement=is_replacement,
-    )
-
 
 _RECORDS = {"drawn": SampledCaption, "sample_indices": SampleIndex, "used": SampleIndex}
 
@@ -444,86 +412,6 @@ def content_hash(content: bytes) -> int:
     Two of a million different ones collide once in 37 million times (birthday bound, 2^-65 n^2).
     """
     return int.from_bytes(content_digest(content, size=8), "little", signed=True) or NO_IDENTITY + 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalSample:
-    """What evaluation and the catalogue keep of a sample in addition to its image."""
-
-    sample_index: SampleIndex
-    key: str
-    captions: Captions
-    metadata: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalBatch:
-    """Samples of one shard in file order, for evaluation and embedding.
-
-    samples: those that can be read. decoded: those whose image can be decoded too, parallel to `images`; all of them
-        if there is no view.
-    unread: samples that cannot be read. undecoded: samples whose image cannot be decoded.
-    """
-
-    images: UInt8[Tensor, "..."]
-    samples: tuple[EvalSample, ...]
-    decoded: tuple[EvalSample, ...]
-    unread: tuple[SampleFailure, ...]
-    undecoded: tuple[SampleFailure, ...]
-
-    def with_images(self, images: UInt8[Tensor, "..."]) -> "EvalBatch":
-        """The same batch with other images."""
-        return replace(self, images=images)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalCollator:
-    """Each sample with its fixed view, all its captions and its metadata; without a view, no image is decoded."""
-
-    view: EvalTransform | None
-
-    @property
-    def image_bytes(self) -> int:
-        """Bytes of an image as the model sees it."""
-        return 3 * self.view.size**2 if self.view else 0
-
-    def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> EvalBatch:
-        """Read and decode these samples."""
-        images: list[np.ndarray] = []
-        samples: list[EvalSample] = []
-        decoded: list[EvalSample] = []
-        unread: list[SampleFailure] = []
-        undecoded: list[SampleFailure] = []
-        for sample_index in sample_indices:
-            try:
-                content = shards.read(sample_index)
-            except BadSample as error:
-                unread.append(sample_failure(sample_index, error, shards))
-                continue
-            sample = EvalSample(
-                sample_index=sample_index, key=content.key, captions=content.captions, metadata=content.metadata
-            )
-            samples.append(sample)
-            # a sample with a damaged image still has captions to embed
-            try:
-                if self.view is not None:
-                    images.append(self.view(content.image))
-                decoded.append(sample)
-            except BadSample as error:
-                undecoded.append(sample_failure(sample_index, error, shards))
-
-        size = self.view.size if self.view else 0
-        # only now: those that do not decode would leave gaps in the batch's memory
-        stacked = shards.allocate_images((len(images), 3, size, size))
-        if images:
-            np.stack(images, out=stacked)
-        return EvalBatch(
-            images=torch.from_numpy(stacked),
-            samples=tuple(samples),
-            decoded=tuple(decoded),
-            unread=tuple(unread),
-            undecoded=tuple(undecoded),
-        )
 
 
 def iter_sample_batches(

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vlm.data.collate import SampleFailure, TrainingBatch
+from vlm.data.collate import TrainingBatch
 from vlm.data.gpu_decode import decode_views_on_device
+from vlm.data.shards import SampleFailure
 from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import BadSample, VlmError
 

@@ -1,6 +1,8 @@
 """Shards: from what a person types to a list of tars, and their samples by index, as batches read them.
 
 Nothing here needs torch: `batches_by_threads` makes batches in this process, `vlm.data.loader` in worker processes.
+`EvalCollator`, for evaluation and embedding, gives each sample with its fixed view, all its captions and its metadata,
+and leaves out what cannot be used.
 """
 
 import glob
@@ -9,17 +11,18 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 from braceexpand import braceexpand
 
 from vlm.console import track
-from vlm.data.samples import Sample, SampleIndex
+from vlm.data.samples import Captions, Sample, SampleIndex
 from vlm.data.shard_cache import Prefetcher, ShardCache
 from vlm.data.tar import ShardReader, TarIndex, open_index
-from vlm.errors import UsageError, VlmError
+from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import compute_fingerprint
 from vlm.manifest import MANIFEST, PROGRESS
 from vlm.storage import (
@@ -32,20 +35,32 @@ from vlm.storage import (
     split_urls,
     url_basename,
 )
-from vlm.tensor_types import Array, UInt8
+from vlm.tensor_types import Array, Tensor, UInt8
+
+# named alone: who opens an index decodes no images
+if TYPE_CHECKING:
+    from vlm.data.transforms import EvalTransform
 
 __all__ = [
     "BatchPlan",
     "Collator",
+    "EvalBatch",
+    "EvalCollator",
+    "EvalSample",
+    "Pixels",
+    "SampleFailure",
     "ShardSet",
     "Shards",
     "absolute_shard",
+    "as_pixels",
     "batches_by_threads",
     "count_samples",
     "expand_shards",
     "is_remote",
     "join_shards",
     "prefetching",
+    "read_batches",
+    "sample_failure",
     "shards_fingerprint",
     "track_indexing",
 ]
@@ -377,3 +392,155 @@ def batches_by_threads(
             pool.shutdown(cancel_futures=True)
         for shard_set in opened:
             shard_set.close()
+
+
+def read_batches(
+    plan: BatchPlan,
+    shards: Sequence[str],
+    collate: Collator[BatchT],
+    *,
+    numbers: range,
+    workers: int,
+    as_arrays: bool,
+) -> Iterator[BatchT]:
+    """The batches of the given numbers, in order, read ahead of a model that is not trained.
+
+    as_arrays: for a model without torch; the workers are threads then, else processes, which torch starts.
+
+    Raises: as of `batches_by_threads` and `stream_batches`.
+    """
+    if as_arrays:
+        return batches_by_threads(plan, shards, collate, numbers=numbers, threads=workers)
+    # here, since what is embedded by an ONNX export needs no torch, which takes seconds to load
+    from vlm.data.loader import stream_batches
+
+    with_tensors: Any = collate
+    return stream_batches(plan, shards, with_tensors, numbers=numbers, workers=workers)
+
+
+Pixels: TypeAlias = UInt8[Array, "..."] | UInt8[Tensor, "..."]
+"""Images as arrays, which a model without torch takes, or as tensors."""
+
+
+def as_pixels(pixels: UInt8[Array, "..."], *, as_arrays: bool) -> Pixels:
+    """The same images as a model takes them, in the same memory."""
+    if as_arrays:
+        return pixels
+    import torch
+
+    return torch.from_numpy(pixels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleFailure:
+    """A sample that cannot be used: where it is, its key, the byte offset of its first part in the tar, and why.
+
+    is_replacement: it was not requested itself, but tried in place of another.
+    """
+
+    sample_index: SampleIndex
+    key: str
+    offset: int
+    reason: str
+    detail: str
+    is_replacement: bool = False
+
+
+def sample_failure(
+    sample_index: SampleIndex, error: BadSample, shards: ShardSet, *, is_replacement: bool = False
+) -> SampleFailure:
+    """The failure that an error makes of a sample."""
+    key, offset = shards.key_and_offset(sample_index)
+    return SampleFailure(
+        sample_index=sample_index,
+        key=key,
+        offset=offset,
+        reason=error.reason,
+        detail=error.detail,
+        is_replacement=is_replacement,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSample:
+    """What evaluation and the catalogue keep of a sample in addition to its image."""
+
+    sample_index: SampleIndex
+    key: str
+    captions: Captions
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalBatch:
+    """Samples of one shard in file order, for evaluation and embedding.
+
+    images: UInt8 [B, 3, H, W], `Pixels` of the kind that the collator was asked for.
+    samples: those that can be read. decoded: those whose image can be decoded too, parallel to `images`; all of them
+        if there is no view.
+    unread: samples that cannot be read. undecoded: samples whose image cannot be decoded.
+    """
+
+    images: Any
+    samples: tuple[EvalSample, ...]
+    decoded: tuple[EvalSample, ...]
+    unread: tuple[SampleFailure, ...]
+    undecoded: tuple[SampleFailure, ...]
+
+    def with_images(self, images: Any) -> "EvalBatch":
+        """The same batch with other images."""
+        return replace(self, images=images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalCollator:
+    """Each sample with its fixed view, all its captions and its metadata; without a view, no image is decoded.
+
+    as_arrays: images are arrays, for a model without torch.
+    """
+
+    view: "EvalTransform | None"
+    as_arrays: bool = False
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of an image as the model sees it."""
+        return 3 * self.view.size**2 if self.view else 0
+
+    def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> EvalBatch:
+        """Read and decode these samples."""
+        images: list[np.ndarray] = []
+        samples: list[EvalSample] = []
+        decoded: list[EvalSample] = []
+        unread: list[SampleFailure] = []
+        undecoded: list[SampleFailure] = []
+        for sample_index in sample_indices:
+            try:
+                content = shards.read(sample_index)
+            except BadSample as error:
+                unread.append(sample_failure(sample_index, error, shards))
+                continue
+            sample = EvalSample(
+                sample_index=sample_index, key=content.key, captions=content.captions, metadata=content.metadata
+            )
+            samples.append(sample)
+            # a sample with a damaged image still has captions to embed
+            try:
+                if self.view is not None:
+                    images.append(self.view(content.image))
+                decoded.append(sample)
+            except BadSample as error:
+                undecoded.append(sample_failure(sample_index, error, shards))
+
+        size = self.view.size if self.view else 0
+        # only now: those that do not decode would leave gaps in the batch's memory
+        stacked = shards.allocate_images((len(images), 3, size, size))
+        if images:
+            np.stack(images, out=stacked)
+        return EvalBatch(
+            images=as_pixels(stacked, as_arrays=self.as_arrays),
+            samples=tuple(samples),
+            decoded=tuple(decoded),
+            unread=tuple(unread),
+            undecoded=tuple(undecoded),
+        )

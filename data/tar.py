@@ -413,9 +413,7 @@ class _IndexColumns:
 
     def table(self) -> pa.Table:
         """All of them, as they are cached."""
-        keys = pa.lib.StringBuilder()
-        keys.append_values(self.keys)
-        columns: list[pa.Array] = [keys.finish()]
+        columns: list[pa.Array] = [text_array(self.keys)]
         for role in _ROLES:
             columns += (_integers(self._offsets[role]), _integers(self._sizes[role]))
         columns.append(self._stored_arrays())
@@ -429,8 +427,15 @@ class _IndexColumns:
         )
 
 
-def _integers(numbers: array) -> pa.Array:
+def text_array(texts: list[str]) -> pa.Array:
+    """Texts as a column of Arrow."""
     # pa.array would import pandas where it is installed, which takes half a second and 30 MB
+    builder = pa.lib.StringBuilder()
+    builder.append_values(texts)
+    return builder.finish()
+
+
+def _integers(numbers: array) -> pa.Array:
     kind = pa.int64() if numbers.itemsize == 8 else pa.int32()
     return pa.Array.from_buffers(kind, len(numbers), [None, pa.py_buffer(numbers)])
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from vlm.data.collate import EvalCollator
 from vlm.data.loader import stream_batches
 from vlm.data.sampler import SequentialBatches
-from vlm.data.shards import count_samples
+from vlm.data.shards import EvalCollator, count_samples
 from vlm.data.tokenizers import SentencePieceTokenizer
 from vlm.errors import UsageError
 from vlm.files import write_bytes

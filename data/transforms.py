@@ -389,7 +389,9 @@ def _batch_of_one(pixels: UInt8[Array, "H W 3"]) -> UInt8[Tensor, "1 3 H W"]:
 
 
 def _channels_first(image: Image.Image) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    # Pillow takes its pixels apart in half the time that numpy needs to turn them over
+    planes = bytearray().join(image.tobytes("raw", channel) for channel in "RGB")
+    return np.frombuffer(planes, np.uint8).reshape(3, image.height, image.width)
 
 
 LOCAL_SCALE = (0.05, 0.4)

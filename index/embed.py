@@ -20,15 +20,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
-import torch
 
 from vlm.console import progress
-from vlm.data.collate import EvalBatch, EvalCollator, EvalSample
-from vlm.data.loader import stream_batches
 from vlm.data.sampler import SequentialBatches
 from vlm.data.samples import Captions
 from vlm.data.selection import Selection
-from vlm.data.shards import absolute_shard, count_samples, shards_fingerprint
+from vlm.data.shards import (
+    EvalBatch,
+    EvalCollator,
+    EvalSample,
+    absolute_shard,
+    count_samples,
+    read_batches,
+    shards_fingerprint,
+)
 from vlm.data.tar import Span, TarIndex, open_index
 from vlm.errors import UsageError, VlmError
 from vlm.index.embeddings_folder import (
@@ -47,10 +52,11 @@ from vlm.index.embeddings_folder import (
     save_batch_size,
     saved_batch_size,
 )
-from vlm.index.encoder import Encoder, compile_encoder, find_fastest_batch_size
+from vlm.index.encoder import AnyEncoder, compile_encoder, find_fastest_batch_size, is_out_of_memory
 from vlm.index.ids import UidAssigner
 from vlm.manifest import Manifest, first_mismatch, is_complete, mark_unfinished, read_manifest
 from vlm.model_spec import absolute_spec
+from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.results import Result
 from vlm.tensor_types import Array, Float32
 
@@ -158,7 +164,7 @@ class EmbedSummary(Result):
 
 
 def embed_into(
-    model: Encoder, shards: Sequence[str], folders: Mapping[Modality, Path], options: EmbedOptions
+    model: AnyEncoder, shards: Sequence[str], folders: Mapping[Modality, Path], options: EmbedOptions
 ) -> dict[Modality, EmbedSummary]:
     """Embed the shards into a folder for each modality, reading every sample once.
 
@@ -179,6 +185,17 @@ def embed_into(
     return embedder.finish(seconds=time.perf_counter() - started)
 
 
+EmbeddingBackend = Literal["torch", "onnx", "onnx-int8"]
+"""What made rows: their last bits depend on it, of int8 more than those."""
+
+
+def backend_of(model: AnyEncoder) -> EmbeddingBackend:
+    """What a model computes by."""
+    if not isinstance(model, OnnxEncoder):
+        return "torch"
+    return "onnx" if model.export.details.precision == "float32" else "onnx-int8"
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmbedPlan:
     """What is embedded into which folders; travels by pickle, so that only one process reads all indexes of shards.
@@ -196,11 +213,13 @@ class EmbedPlan:
 
     @classmethod
     def make(
-        cls, model: Encoder, shards: Sequence[str], folders: Mapping[Modality, Path], options: EmbedOptions
+        cls, model: AnyEncoder, shards: Sequence[str], folders: Mapping[Modality, Path], options: EmbedOptions
     ) -> "EmbedPlan":
         """Read the shards' indexes; nothing is written."""
         if options.is_compiled and "image" not in folders:
             raise UsageError("Only the image tower can be compiled; leave --compile out for texts.")
+        if options.is_compiled and isinstance(model, OnnxEncoder):
+            raise UsageError("An ONNX export is not compiled: leave --compile out, or embed with --backend torch.")
         addresses = list(map(absolute_shard, shards))
         # before a folder is begun: a shard that is missing leaves nothing behind
         counts = count_samples(addresses, allow_damage=options.allow_damage)
@@ -234,14 +253,14 @@ class _Output:
         self.new_rows += len(part.origins)
 
 
-def _open_output(model: Encoder, plan: EmbedPlan, modality: Modality) -> _Output:
+def _open_output(model: AnyEncoder, plan: EmbedPlan, modality: Modality) -> _Output:
     """Begin or resume a folder, or open a complete one; a complete but damaged one is resumed."""
     path = plan.folders[modality]
     options = plan.options
     identity: dict[str, Any] = {"modality": modality, **plan.inputs, "addresses": plan.shards}
     identity |= asdict(options.storage)
-    # rows in float32 and bfloat16 differ by more than rounding, so they never share a folder
-    identity["precision"] = options.precision
+    # rows in float32 and bfloat16 differ by more than rounding, those of two backends in their last bits
+    identity |= {"precision": options.precision, "backend": backend_of(model)}
     space = EmbeddingSpace(
         model=absolute_spec(options.model_spec),
         fingerprint=model.fingerprint,
@@ -280,7 +299,7 @@ def _reopen(path: Path, identity: dict[str, Any]) -> None:
             mark_unfinished(path, kind="embeddings", configuration=identity)
 
 
-def _choose_batch_size(model: Encoder, outputs: Sequence[_Output], options: EmbedOptions, *, largest: int) -> int:
+def _choose_batch_size(model: AnyEncoder, outputs: Sequence[_Output], options: EmbedOptions, *, largest: int) -> int:
     """The batch size asked for; for auto the one the work was begun with, else the fastest."""
     if options.batch_size != "auto":
         return options.batch_size
@@ -309,7 +328,7 @@ def _choose_batch_size(model: Encoder, outputs: Sequence[_Output], options: Embe
 class ShardEmbedder:
     """A model and the folders that its embeddings of the shards of a plan go to, part by part."""
 
-    def __init__(self, model: Encoder, plan: EmbedPlan) -> None:
+    def __init__(self, model: AnyEncoder, plan: EmbedPlan) -> None:
         """Begin, resume or open the folders.
 
         Raises:
@@ -378,7 +397,9 @@ class ShardEmbedder:
                 self._is_compiled = True
             with progress(total=total, done=done, what="embed", unit=" samples", is_shown=is_shown) as bar:
                 self._embed(missing, bar, has_images=has_images)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             raise VlmError(
                 f"A batch of {self._batch_size} does not fit into memory; finished parts are kept: repeat with a "
                 "smaller --batch-size."
@@ -393,12 +414,14 @@ class ShardEmbedder:
             batch_size=self._batch_size,
             times=self._times_of(list(missing)),
         )
-        batches = stream_batches(
+        as_arrays = isinstance(self._model, OnnxEncoder)
+        batches = read_batches(
             plan,
             [shards[number] for number in missing],
-            EvalCollator(view=self._model.view if has_images else None),
+            EvalCollator(view=self._model.view if has_images else None, as_arrays=as_arrays),
             numbers=range(len(plan)),
             workers=self.plan.options.workers,
+            as_arrays=as_arrays,
         )
         writing: Future[None] | None = None
         with ThreadPoolExecutor(1) as pool:
@@ -457,7 +480,7 @@ class _PartRows:
         self.origins: list[Origin] = []
         self.skipped: list[SkippedSampleRecord] = []
 
-    def add_batch(self, batch: EvalBatch, model: Encoder) -> None:
+    def add_batch(self, batch: EvalBatch, model: AnyEncoder) -> None:
         """Embed the images of a batch, or every caption of its samples.
 
         Raises:
@@ -478,10 +501,9 @@ class _PartRows:
         if not origins:
             return
         if is_image:
-            embedded = model.embed_images(batch.images)
+            vectors = np.asarray(model.embed_images(batch.images))
         else:
-            embedded = model.embed_texts([_only_caption(origin.captions) for origin in origins])
-        vectors = embedded.float().numpy()
+            vectors = embed_by_length(model, [_only_caption(origin.captions) for origin in origins])
         check_unit_norm(vectors, [f"{origin.uid} of {origin.shard}" for origin in origins])
         self.vectors.append(vectors)
         self.origins += origins
@@ -534,6 +556,23 @@ class _PartRows:
                 detail=detail,
             )
         )
+
+
+# of what torch runs on the CPU: fewer would leave its threads waiting for each other
+_TEXTS_AT_ONCE = 64
+
+
+def embed_by_length(model: AnyEncoder, texts: Sequence[str]) -> Float32[Array, "T D"]:
+    """Unit vectors of texts, texts of like length together: a batch takes as long as if all were its longest."""
+    order = sorted(range(len(texts)), key=lambda row: (len(texts[row]), texts[row]))
+    # an export has small batches of its own, and a GPU is quickest with large ones
+    is_torch_on_cpu = str(getattr(model, "device", "")) == "cpu"
+    size = _TEXTS_AT_ONCE if is_torch_on_cpu else len(texts)
+    vectors = np.empty((len(texts), model.embedding_size), np.float32)
+    for first in range(0, len(texts), size):
+        rows = order[first : first + size]
+        vectors[rows] = np.asarray(model.embed_texts([texts[row] for row in rows]))
+    return vectors
 
 
 def _only_caption(captions: Captions) -> str:

@@ -309,26 +309,38 @@ def captions_from_json(text: str) -> Captions:
 def _table(origins: Sequence[Origin]) -> "pyarrow.Table":
     import pyarrow
 
-    text = pyarrow.string()
-    whole = pyarrow.int64()
-    types = {
-        "uid": text,
-        "key": text,
+    from vlm.data.tar import text_array
+
+    def column(name: str) -> list[Any]:
+        return list(map(attrgetter(name), origins))
+
+    shards = column("shard")
+    rows_by_shard = {shard: row for row, shard in enumerate(dict.fromkeys(shards))}
+    numbers = _whole_numbers([rows_by_shard[shard] for shard in shards], np.int32)
+    columns: dict[str, pyarrow.Array] = {
+        "uid": text_array(column("uid")),
+        "key": text_array(column("key")),
         # few shards, many rows
-        "shard": pyarrow.dictionary(pyarrow.int32(), text),
-        "number": whole,
-        "image_offset": whole,
-        "image_size": whole,
-        "caption_number": pyarrow.int32(),
-        "captions": text,
-        "metadata": text,
+        "shard": pyarrow.DictionaryArray.from_arrays(numbers, text_array(list(rows_by_shard))),
     }
-    columns: dict[str, list[Any]] = {}
-    for name in types:
-        values = map(attrgetter(name), origins)
-        # captions and metadata have a schema of their own in every dataset, so they are stored as JSON
-        columns[name] = list(map(json_text, values) if name in ("captions", "metadata") else values)
-    return pyarrow.table(columns, schema=pyarrow.schema(types))
+    for name in ("number", "image_offset", "image_size"):
+        columns[name] = _whole_numbers(column(name), np.int64)
+    columns["caption_number"] = _whole_numbers(column("caption_number"), np.int32)
+    # they have a schema of their own in every dataset, so they are stored as JSON
+    for name in ("captions", "metadata"):
+        columns[name] = text_array(list(map(json_text, column(name))))
+    return pyarrow.table(columns)
+
+
+def _whole_numbers(values: Sequence[int | None], kind: type[np.signedinteger]) -> "pyarrow.Array":
+    """A column of numbers, of which None is null."""
+    import pyarrow
+
+    is_there = np.array([value is not None for value in values], bool)
+    numbers = np.array([value or 0 for value in values], kind)
+    validity = None if is_there.all() else pyarrow.py_buffer(np.packbits(is_there, bitorder="little"))
+    buffers = [validity, pyarrow.py_buffer(numbers)]
+    return pyarrow.Array.from_buffers(pyarrow.from_numpy_dtype(kind), len(numbers), buffers)
 
 
 _LOCK = ".lock"
@@ -669,10 +681,12 @@ def check_compatible(folder: Path, identity: dict[str, Any], *, kind: str = "emb
     manifest = read_manifest(folder, kind)
     # through JSON, because a manifest read back has lists for tuples
     for name, value in json.loads(json.dumps(identity)).items():
-        if manifest.configuration.get(name, "") != value:
+        # before backends were noted there was torch alone
+        made_with = manifest.configuration.get(name, "torch" if name == "backend" else "")
+        if made_with != value:
             raise UsageError(
-                f"{folder} is complete, but was made with another {name} ({_brief(manifest.configuration.get(name))} "
-                f"instead of {_brief(value)}); name another folder or remove it."
+                f"{folder} is complete, but was made with another {name} ({_brief(made_with)} instead of "
+                f"{_brief(value)}); name another folder or remove it."
             )
     return manifest
 

@@ -1,12 +1,16 @@
-"""What embedding asks of a model (`Encoder`), and two ways to make it faster: the best batch size and torch.compile."""
+"""What embedding asks of a model (`Encoder`, or its ONNX export), what is quickest for it, and torch.compile."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
 
 from vlm.errors import UsageError, VlmError
+from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.tensor_types import Float32, Tensor, UInt8
 
 # named alone: a search by words needs neither torch nor an image library
@@ -43,7 +47,17 @@ class Encoder(Protocol):
         ...
 
 
+AnyEncoder: TypeAlias = Encoder | OnnxEncoder
+"""A model by torch, which takes and gives tensors, or its ONNX export, which takes and gives arrays."""
+
 logger = logging.getLogger(__name__)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a model was out of memory, on any device."""
+    # torch's is known by its name, since an ONNX export does not import torch
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
 
 BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 _NUM_TRIALS = 2
@@ -52,7 +66,7 @@ _MAX_BATCH_SECONDS = 5.0
 _MIN_RELATIVE_RATE = 0.9
 
 
-def find_fastest_batch_size(model: Encoder, *, largest: int, clock: Callable[[], float] = time.perf_counter) -> int:
+def find_fastest_batch_size(model: AnyEncoder, *, largest: int, clock: Callable[[], float] = time.perf_counter) -> int:
     """The batch size with the most images per second, each size tried with random pixels of the model's view.
 
     largest: samples of the largest shard; no batch is larger. clock: seconds since any moment.
@@ -73,16 +87,17 @@ def find_fastest_batch_size(model: Encoder, *, largest: int, clock: Callable[[],
     return best
 
 
-def _timed_sizes(model: Encoder, largest: int, clock: Callable[[], float]) -> Iterator[tuple[int, float]]:
+def _timed_sizes(model: AnyEncoder, largest: int, clock: Callable[[], float]) -> Iterator[tuple[int, float]]:
     """Batch sizes, as far as they fit into memory, and the seconds a batch takes."""
-    import torch
+    from vlm.data.shards import as_pixels
 
-    generator = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
     side = model.view.size
     # one size may exceed the largest shard, whose samples then are one batch
     sizes = [size for size in BATCH_SIZES if size < 2 * largest] or [BATCH_SIZES[0]]
     for size in sizes:
-        images = torch.randint(256, (size, 3, side, side), generator=generator, dtype=torch.uint8)
+        pixels = rng.integers(0, 256, (size, 3, side, side), dtype=np.uint8)
+        images: Any = as_pixels(pixels, as_arrays=isinstance(model, OnnxEncoder))
         try:
             # the first batch warms up: it allocates memory and picks kernels
             model.embed_images(images)
@@ -91,10 +106,19 @@ def _timed_sizes(model: Encoder, largest: int, clock: Callable[[], float]) -> It
                 started = clock()
                 model.embed_images(images)
                 trials.append(clock() - started)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            _free_gpu_memory()
             return
         yield size, min(trials)
+
+
+def _free_gpu_memory() -> None:
+    if "torch" in sys.modules:
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -133,7 +157,7 @@ class CompiledEncoder:
         return self.model.embed_texts(texts)
 
 
-def compile_encoder(model: Encoder, batch_size: int) -> CompiledEncoder:
+def compile_encoder(model: AnyEncoder, batch_size: int) -> CompiledEncoder:
     """Compile the image tower of a model, and run it once.
 
     Raises:

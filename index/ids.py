@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -13,6 +14,7 @@ from vlm.data.tar import open_index
 from vlm.errors import UsageError
 from vlm.files import content_digest
 from vlm.index.embeddings_folder import Origin
+from vlm.tensor_types import Array, Bool
 
 UID_COLUMN = "uid_column"
 """In the configuration of an index's manifest: the metadata column of its uids; without one, those of embeddings."""
@@ -37,16 +39,13 @@ class UidAssigner:
 
     def __init__(self, names: Sequence[str], keys: Sequence[pa.ChunkedArray | None]) -> None:
         self._names = shorten_shard_names(names)
-        tables: dict[int, pa.Table] = {}
-        for number, column in enumerate(keys):
-            if column is not None:
-                tables[number] = pa.table({"key": column})
-        # so that there is a table to join even where no source has keys
-        no_keys = pa.table({"key": pa.chunked_array([], pa.string())})
-        shared_keys = find_shared_keys(pa.concat_tables([no_keys, *tables.values()]))
+        columns = {number: column for number, column in enumerate(keys) if column is not None}
+        chunks = [chunk for column in columns.values() for chunk in column.chunks]
+        shared_keys = pc.SetLookupOptions(find_shared_keys(pa.chunked_array(chunks, pa.string())))
         self._shared: Counter[tuple[int, str]] = Counter()
-        for number, table in tables.items():
-            for key in table.filter(pc.field("key").isin(shared_keys)).column("key").to_pylist():
+        for number, column in columns.items():
+            is_shared = pc.call_function("is_in", [column], shared_keys)
+            for key in column.filter(is_shared).to_pylist():
                 self._shared[number, key] += 1
         self.num_renamed = self._shared.total()
 
@@ -67,14 +66,16 @@ class UidAssigner:
         return uid if caption_number is None else f"{uid}#{caption_number}"
 
 
-def find_shared_keys(keyed: pa.Table) -> pa.Array:
-    """The keys that occur several times in the column `key`, and those that begin like one of these and an @."""
-    counted = keyed.group_by("key").aggregate([([], "count_all")])
-    shared = counted.filter(pc.field("count_all") > 1).column("key").combine_chunks()
+def find_shared_keys(keys: pa.ChunkedArray) -> pa.Array:
+    """The keys that occur several times, and those that begin like one of these and an @."""
+    # by arrays alone: a table's groups and filters, and scalars, import pandas where it is installed, for half a second
+    counted = pc.call_function("value_counts", [keys])
+    is_shared = np.from_dlpack(counted.field("counts")) > 1
+    shared = counted.field("values").filter(_mask(is_shared))
     known = set(shared.to_pylist())
     if not known:
         return shared
-    unique_keys = counted.filter(pc.field("count_all") == 1).column("key")
+    unique_keys = counted.field("values").filter(_mask(~is_shared))
     has_sign = pc.call_function("match_substring", [unique_keys], pc.MatchSubstringOptions("@"))
     similar = []
     # the shortest first, so that a key that begins like a similar one is found as well
@@ -84,6 +85,11 @@ def find_shared_keys(keyed: pa.Table) -> pa.Array:
             known.add(key)
             similar.append(key)
     return pa.concat_arrays([shared, pa.array(similar, shared.type)])
+
+
+def _mask(values: Bool[Array, " N"]) -> pa.Array:
+    bits = pa.py_buffer(np.packbits(values, bitorder="little"))
+    return pa.Array.from_buffers(pa.bool_(), len(values), [None, bits])
 
 
 def shorten_shard_names(shards: Sequence[str]) -> list[str]:

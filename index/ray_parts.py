@@ -24,6 +24,7 @@ from vlm.index.recaption import RecaptionOptions, RecaptionPlan, RecaptionSummar
 from vlm.model_spec import absolute_spec
 from vlm.models.load import load_model
 from vlm.models.model import VisionLanguageModel
+from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.ray_engine import RayCluster, check_shared, run_on_ray
 
 
@@ -31,16 +32,21 @@ from vlm.ray_engine import RayCluster, check_shared, run_on_ray
 class ModelSource:
     """The model that each process of the cluster loads. spec: MODEL, which every machine must have or see.
 
-    device: auto uses the GPU that Ray gives a process.
+    device: auto uses the GPU that Ray gives a process. open_export: of a MODEL, where its ONNX export embeds.
     """
 
     spec: str
     device: str = "auto"
     precision: str = "fp32"
+    open_export: Callable[[str], OnnxEncoder] | None = None
 
     def load(self) -> VisionLanguageModel:
-        """Load it on this machine."""
+        """Load it on this machine, by torch."""
         return load_model(self.spec, device=self.device, precision=self.precision)
+
+    def open(self) -> VisionLanguageModel | OnnxEncoder:
+        """What embeds on this machine."""
+        return self.open_export(self.spec) if self.open_export else self.load()
 
 
 def embed_on_ray(
@@ -67,7 +73,7 @@ def embed_on_ray(
     started = time.perf_counter()
     # here too, though only for its counts: a selection that does not fit must fail before the cluster starts
     options = replace(options, selection=read_selection(selection) if selection else None)
-    model = replace(source, device="cpu").load()
+    model = replace(source, device="cpu").open()
     embedder = ShardEmbedder(model, EmbedPlan.make(model, shards, folders, options))
     if missing := list(embedder.missing_parts(range(len(shards)))):
         absolute = {modality: path.absolute() for modality, path in folders.items()}
@@ -169,7 +175,7 @@ def _absolute(source: ModelSource) -> ModelSource:
 
 def _open_embedder(source: ModelSource, plan: EmbedPlan, selection: Path | None) -> ShardEmbedder:
     # the name may mean other weights on that machine: its fingerprint decides
-    model = source.load()
+    model = source.open()
     _check_fingerprint(model, plan.inputs["model"])
     options = replace(plan.options, selection=read_selection(selection) if selection else None)
     return ShardEmbedder(model, replace(plan, options=options))
@@ -181,7 +187,7 @@ def _open_recaptioner(source: ModelSource, plan: RecaptionPlan) -> ShardRecaptio
     return ShardRecaptioner(model, plan)
 
 
-def _check_fingerprint(model: VisionLanguageModel, wanted: str) -> None:
+def _check_fingerprint(model: VisionLanguageModel | OnnxEncoder, wanted: str) -> None:
     if model.fingerprint != wanted:
         raise VlmError(
             f"The machine {platform.node()} has another model under the name {model.name}: fingerprint "

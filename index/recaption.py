@@ -19,10 +19,9 @@ import torch
 
 from vlm.console import progress
 from vlm.data.caption_sampler import KIND, SidecarShard, read_captions
-from vlm.data.collate import EvalBatch, EvalCollator, SampleFailure
 from vlm.data.loader import stream_batches
 from vlm.data.sampler import SequentialBatches
-from vlm.data.shards import absolute_shard, count_samples, shards_fingerprint
+from vlm.data.shards import EvalBatch, EvalCollator, SampleFailure, absolute_shard, count_samples, shards_fingerprint
 from vlm.data.tar import open_index
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_write, compute_fingerprint, write_text

@@ -24,12 +24,11 @@ import torch
 from torch import nn
 
 from vlm.console import progress
-from vlm.data.collate import EvalBatch, EvalCollator
 from vlm.data.loader import stream_batches
 from vlm.data.precomputed_features import CachedFeatures
 from vlm.data.sampler import SequentialBatches
 from vlm.data.samples import select_languages
-from vlm.data.shards import count_samples, shards_fingerprint
+from vlm.data.shards import EvalBatch, EvalCollator, count_samples, shards_fingerprint
 from vlm.data.tokenizers import trim_tokens
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import atomic_write, compute_fingerprint

@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlm.data.collate import SampleFailure, sample_failure
 from vlm.data.decode import EncodedImage
 from vlm.data.precomputed_features import PrecomputedFeatures, view_rng
 from vlm.data.samples import Sample, SampleIndex
-from vlm.data.shards import ShardSet
+from vlm.data.shards import SampleFailure, ShardSet, sample_failure
 from vlm.data.transforms import EvalTransform, RandomResizedCrop
 from vlm.errors import BadSample, UsageError
 from vlm.manifest import MANIFEST

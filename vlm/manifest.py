@@ -111,6 +111,21 @@ def _read_object(path: Path) -> dict[str, Any]:
     return values
 
 
+def recorded_configuration(folder: Path) -> dict[str, Any]:
+    """The settings of the work in a folder, finished or not; none where no work was begun.
+
+    Raises:
+        VlmError: what says so is damaged.
+    """
+    for name in (MANIFEST, PROGRESS):
+        path = folder / name
+        if path.is_file():
+            values = _read_object(path)
+            with damage_as_error(path):
+                return dict(values["configuration"])
+    return {}
+
+
 def is_complete(folder: Path) -> bool:
     """Whether the folder carries a manifest."""
     return (folder / MANIFEST).is_file()

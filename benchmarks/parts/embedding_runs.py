@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from parts.measure_process import BENCH
 from vlm.errors import VlmError
 from vlm.index.embeddings_folder import Embeddings
 
-# pairs per second over the whole process, and without imports and loading, as the tool itself counts
-WHOLE_CALL, WORK = "whole call", "its work"
+# pairs per second over the whole process, and without imports and loading, as the tool itself counts; and the first per
+# second of the processor, all processes together
+WHOLE_CALL, WORK, PROCESSOR = "whole call", "its work", "whole call, of processor time"
 
 Vectors = dict[str, dict[str, np.ndarray]]
 """Unit vectors of images and texts by the key of the sample."""
@@ -39,10 +41,9 @@ class Setting:
     workers: int
     threads: int
 
-    @property
-    def ours(self) -> Path:
+    def ours(self, backend: str) -> Path:
         """Output folder of vlm embed."""
-        return self.folder / "ours"
+        return self.folder / f"ours-{backend}"
 
     @property
     def theirs(self) -> Path:
@@ -50,18 +51,31 @@ class Setting:
         return self.folder / "clip-retrieval"
 
 
-def run_ours(setting: Setting) -> dict[str, float]:
+def export_ours(setting: Setting) -> dict[str, float]:
+    """Seconds of the ONNX export that `vlm embed` then finds beside the model, which needs one in its life."""
+    seconds, processor_seconds, _ = _timed(
+        [sys.executable, "-m", "vlm", "export", str(setting.model), "--to", "onnx"], 0
+    )
+    return {"seconds": seconds, "processor_seconds": processor_seconds}
+
+
+def run_ours(setting: Setting, backend: str) -> dict[str, float]:
     """Rates of `vlm embed` of both modalities; tar indexes are rebuilt, as for unseen shards."""
     for index in setting.shards.glob(".*.vlm-index"):
         index.unlink()
-    words = ["embed", str(setting.model), str(setting.shards), str(_fresh(setting.ours)), "--modality", "both"]
+    words = ["embed", str(setting.model), str(setting.shards), str(_fresh(setting.ours(backend))), "--modality", "both"]
     words += ["--batch-size", str(setting.batch_size), "--workers", str(setting.workers), "--device", "cpu", "--json"]
-    seconds, said = _timed([sys.executable, "-m", "vlm", *words], setting.threads)
+    words += ["--backend", backend]
+    seconds, processor_seconds, said = _timed([sys.executable, "-m", "vlm", *words], setting.threads)
     summaries = json.loads(said)
     for what, summary in summaries.items():
         if summary["rows"] != setting.pairs:
             raise VlmError(f"vlm embed made {summary['rows']:,} rows of {what}s of {setting.pairs:,} pairs.")
-    return {WHOLE_CALL: setting.pairs / seconds, WORK: setting.pairs / summaries["image"]["seconds"]}
+    return {
+        WHOLE_CALL: setting.pairs / seconds,
+        WORK: setting.pairs / summaries["image"]["seconds"],
+        PROCESSOR: setting.pairs / processor_seconds,
+    }
 
 
 def run_clip_retrieval(setting: Setting) -> dict[str, float]:
@@ -77,18 +91,22 @@ def run_clip_retrieval(setting: Setting) -> dict[str, float]:
         "workers": setting.workers,
     }
     command = [str(setting.python), str(BENCH / "clip_retrieval_embedding.py"), json.dumps(request)]
-    seconds, _ = _timed(command, setting.threads)
+    seconds, processor_seconds, _ = _timed(command, setting.threads)
     counted: dict[str, Any] = json.loads((out / "stats" / "0.json").read_text(encoding="utf-8"))
     if counted["sample_count"] != setting.pairs:
         raise VlmError(f"clip-retrieval embedded {counted['sample_count']} of {setting.pairs} pairs; see {out}.")
-    return {WHOLE_CALL: setting.pairs / seconds, WORK: setting.pairs / counted["total_duration"]}
+    return {
+        WHOLE_CALL: setting.pairs / seconds,
+        WORK: setting.pairs / counted["total_duration"],
+        PROCESSOR: setting.pairs / processor_seconds,
+    }
 
 
-def vectors_of_ours(setting: Setting) -> Vectors:
-    """Vectors of our last run."""
+def vectors_of_ours(setting: Setting, backend: str) -> Vectors:
+    """Vectors of our last run by a backend."""
     found: Vectors = {}
     for what in ("image", "text"):
-        opened = Embeddings.open(setting.ours / f"{what}s")
+        opened = Embeddings.open(setting.ours(backend) / f"{what}s")
         rows = np.concatenate(list(opened.blocks()))
         found[what] = {origin.key: row for origin, row in zip(opened.origins(), rows, strict=True)}
     return found
@@ -131,14 +149,27 @@ def _cosines(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     return (one * two).sum(axis=1) / (np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1))
 
 
-def _timed(command: list[str], threads: int) -> tuple[float, str]:
-    """Run a command; returns its duration in seconds and its output."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+def _timed(command: list[str], threads: int) -> tuple[float, float, str]:
+    """Run a command; returns its seconds, the processor seconds of it and its processes, and its output.
+
+    threads: OMP_NUM_THREADS; 0 inherits it.
+    """
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    # else each process would compile the checkout's modules anew, which an installed package does not
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    before = _processor_seconds()
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    seconds = time.perf_counter() - began
     if done.returncode:
         raise VlmError(f"{' '.join(command[:4])} … failed: {done.stderr[-2000:]}")
-    return time.perf_counter() - began, done.stdout
+    return seconds, _processor_seconds() - before, done.stdout
+
+
+def _processor_seconds() -> float:
+    """Of all processes that this one has waited for, and of those that they have."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _fresh(folder: Path) -> Path:

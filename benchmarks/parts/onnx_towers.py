@@ -1,5 +1,6 @@
 """Pairs of towers with random weights, exported to ONNX and compared with torch; the speed of int8."""
 
+import os
 import statistics
 import tempfile
 import time
@@ -114,7 +115,7 @@ def int8_speed(architecture: str) -> list[dict[str, Any]]:
                 batch = pixels if tower == IMAGE_TOWER else model.tokenizer.encode(texts)
                 runs: dict[str, Callable[[], Any]] = {}
                 for precision, export in (("float32", float32), ("int8", int8)):
-                    session = open_session(export, tower)
+                    session = open_session(export, tower, threads=int(os.environ.get("OMP_NUM_THREADS", "0")))
                     runs[precision] = partial(session.run, [EMBEDDINGS], {name: batch})
                 milliseconds = _in_turn(runs)
                 row: dict[str, Any] = {"tower": tower.removesuffix(".onnx"), "rows": number}

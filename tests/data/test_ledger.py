@@ -1,9 +1,10 @@
 import numpy as np
 import torch
 
-from vlm.data.collate import SampleFailure, TrainingBatch
+from vlm.data.collate import TrainingBatch
 from vlm.data.sample_ledger import MAX_FAILURES, Ledger, sum_counts
 from vlm.data.samples import SampleIndex
+from vlm.data.shards import SampleFailure
 
 
 def batch(pairs, failures=()):

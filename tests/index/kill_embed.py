@@ -67,12 +67,14 @@ class Trial:
     modality: str = "image"
     processes: int = 1
     workers: int = 1
+    backend: str = "torch"
     hit: Counter[tuple[str, bool]] = field(default_factory=Counter)
     compared: Counter[str] = field(default_factory=Counter)
 
     def command(self) -> list[str]:
         """The command line, which embeds into the folder OUT of where it is given."""
         options = {"modality": self.modality, "processes": self.processes, "workers": self.workers, "batch-size": 4}
+        options["backend"] = self.backend
         given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         return [sys.executable, "-m", "vlm", "embed", str(self.model), str(self.shards), OUT, *given]
 
@@ -230,11 +232,12 @@ def finish(trial: Trial, place: Path, whole: dict[str, bytes]) -> Path:
     return trial.work / f"killed-{len(trial.compared) + 1}"
 
 
-def make_data(folder: Path, *, shards: int) -> tuple[Path, Path]:
+def make_data(folder: Path, *, shards: int, has_export: bool = False) -> tuple[Path, Path]:
     """Shards of six drawn scenes, some with broken samples between them, and a tiny model with random weights."""
     import torch
 
     from vlm.api.data import train_tokenizer
+    from vlm.api.model_export import export
     from vlm.data.pack import PackConfig, pack
     from vlm.data.sources.source import SceneOptions, SourceOptions
     from vlm.data.sources.source_registry import open_source
@@ -254,6 +257,8 @@ def make_data(folder: Path, *, shards: int) -> tuple[Path, Path]:
     torch.manual_seed(0)
     weights = build_network(config).state_dict()
     save_model(folder / "model", weights=weights, config=config, view=view, tokenizer=tokenizer)
+    if has_export:
+        export(folder / "model", to="onnx")
     return folder / "shards", folder / "model"
 
 
@@ -275,13 +280,14 @@ def main() -> None:
     parser.add_argument("--modality", default="image", help="as vlm embed has it")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--backend", default="torch", choices=("torch", "onnx"))
     parser.add_argument("--shards", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--work", type=Path, help="a new folder to leave everything in")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = (given.work or Path(name)).resolve()
-        shards, model = make_data(work, shards=given.shards)
+        shards, model = make_data(work, shards=given.shards, has_export=given.backend == "onnx")
         trial = Trial(
             shards=shards,
             model=model,
@@ -291,6 +297,7 @@ def main() -> None:
             modality=given.modality,
             processes=given.processes,
             workers=given.workers,
+            backend=given.backend,
         )
         kill_many(trial)
         show(trial)

@@ -74,6 +74,16 @@ def test_embeddings_of_a_cluster_are_those_of_one_process(ray_in_this_process, m
         assert ours.ended_here
 
 
+def test_a_cluster_runs_the_export_that_one_process_runs(ray_in_this_process, scene_tokenizer, shards, tmp_path):
+    model = write_random_model(tmp_path / "model", "tiny", scene_tokenizer)
+    vlm.export(model, to="onnx")
+    options = {"modality": "both", "batch_size": 4, "workers": 0, "device": "cpu"}
+    vlm.embed(model, shards, tmp_path / "local", **options)
+    vlm.embed(model, shards, tmp_path / "ray", engine="ray", processes=3, **options)
+    assert files_of(tmp_path / "ray") == files_of(tmp_path / "local")
+    assert json.loads(files_of(tmp_path / "ray")["images/manifest.json"])["configuration"]["backend"] == "onnx"
+
+
 def test_a_cluster_goes_on_with_what_a_local_run_left(ray_in_this_process, model, shards, tmp_path):
     vlm.embed(model, shards, tmp_path / "local", workers=0)
     vlm.embed(model, shards, tmp_path / "ray", workers=0)

@@ -273,7 +273,7 @@ def test_an_evaluation_by_an_export_loads_no_torch(folder, suite, scene_shards, 
     code = f"import sys; from vlm.cli.main import main; main({words}); print(*sorted(sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "open_clip", "transformers", "matplotlib"} & set(done.stderr.split())
-    assert "is evaluated by its ONNX export (float32)" in done.stderr
+    assert "is run by its ONNX export (float32)" in done.stderr
     loaded = vlm.evaluate(vlm.load(folder, backend="onnx"), suite=suite, data_root=scene_shards)
     assert json.loads(done.stdout)["models"][0]["measurements"] == [
         measurement.to_json() for measurement in loaded.comparison.models[0].measurements
@@ -297,7 +297,7 @@ def test_an_int8_export_is_evaluated_only_where_it_is_named(copy, suite, scene_s
     manifest.write_text(manifest.read_text().replace('"precision": "float32"', '"precision": "int8"'))
     options = {"suite": suite, "data_root": scene_shards, "workers": 0}
     vlm.evaluate(copy, **options)
-    assert "is evaluated by its ONNX export" not in logged.text
+    assert "is run by its ONNX export" not in logged.text
     vlm.evaluate(copy / "onnx", **options)
     vlm.evaluate(copy, **options, backend="onnx")
-    assert logged.text.count("is evaluated by its ONNX export (int8)") == 2
+    assert logged.text.count("is run by its ONNX export (int8)") == 2

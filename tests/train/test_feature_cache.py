@@ -12,10 +12,9 @@ import timm
 import torch
 from transformers import BertConfig, BertModel
 
-from vlm.data.collate import EvalCollator
 from vlm.data.loader import stream_batches
 from vlm.data.sampler import SequentialBatches
-from vlm.data.shards import count_samples
+from vlm.data.shards import EvalCollator, count_samples
 from vlm.errors import UsageError
 from vlm.models.load import load_model
 from vlm.models.model import normalise

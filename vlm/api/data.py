@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from vlm.api.stream import CallableTokenizer, EvaluationReading, SampleStream, TextsToTokens, TrainingReading
 from vlm.config import number_list, text_list
 from vlm.data.caption_sampler import CaptionSampler
-from vlm.data.collate import EvalCollator, TrainingBatch, TrainingCollator
+from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.corpus import MIXTURE_SUFFIX, Source, open_corpus, read_sources
 from vlm.data.pack import shards_at
 from vlm.data.sample_relations import SUFFIX as RELATIONS_SUFFIX
 from vlm.data.sample_relations import RelationsSummary, relate_samples, write_relations
 from vlm.data.sampler import DEFAULT_WINDOW, BatchSampler, SequentialBatches
 from vlm.data.selection import read_selection
-from vlm.data.shards import Shards, count_samples, expand_shards, join_shards, shards_fingerprint
+from vlm.data.shards import EvalCollator, Shards, count_samples, expand_shards, join_shards, shards_fingerprint
 from vlm.data.tokenizer_training import TokenizerSummary
 from vlm.data.tokenizer_training import train_tokenizer as train_on_shards
 from vlm.data.tokenizers import Tokenizer, open_tokenizer

@@ -1,29 +1,32 @@
 """Shards to embeddings and captions: `vlm.embed`, `caption_shards`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlm.api.inference import Model, precision_name
 from vlm.data.pack import shards_at
 from vlm.data.selection import read_selection
 from vlm.data.shards import Shards, join_shards
-from vlm.errors import UsageError, os_errors_explained
+from vlm.errors import UsageError, VlmError, os_errors_explained
 from vlm.index.embed import SINGLE_PROCESS, EmbedOptions, EmbedSummary, ProcessRank, embed_into
 from vlm.index.embeddings_folder import Modality, VectorStorage
-from vlm.index.ray_parts import ModelSource, caption_on_ray, embed_on_ray
-from vlm.index.recaption import RecaptionOptions, RecaptionSummary, recaption
+from vlm.index.encoder import AnyEncoder
 from vlm.launch import run_in_processes
-from vlm.manifest import MANIFEST, PROGRESS
+from vlm.manifest import MANIFEST, PROGRESS, recorded_configuration
 from vlm.models.decoding_options import DecodingOptions
-from vlm.models.load import load_model
-from vlm.models.model import VisionLanguageModel
+from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.ray_engine import Engine, RayCluster, check_engine
 from vlm.results import Result
+from vlm.service.query import Backend, chosen_backend, has_gpu, load_bulk_encoder, open_bulk_export, open_export
 from vlm.storage import is_remote
+
+# imported where they are used: an ONNX export needs no torch
+if TYPE_CHECKING:
+    from vlm.index.ray_parts import ModelSource
+    from vlm.index.recaption import RecaptionOptions, RecaptionSummary
+    from vlm.models.model import VisionLanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,7 @@ class EmbedResult(Result):
 
 @os_errors_explained()
 def embed(
-    model: str | Path | Model | VisionLanguageModel,
+    model: "str | Path | Model | VisionLanguageModel",
     shards: Shards,
     out: str | Path,
     *,
@@ -66,6 +69,7 @@ def embed(
     quantize: Sequence[Literal["int8", "binary"]] = (),
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
+    backend: Backend | Literal[""] = "",
     compile: bool = False,
     engine: Engine = "local",
     ray_address: str | None = None,
@@ -73,12 +77,16 @@ def embed(
     """Embed the images, the captions, or both, of shards, as `vlm embed` does; repeat the call to resume it.
 
     Args:
-        model: MODEL as for `vlm.load`, or a model, whose device and precision then count; several processes load it
-            themselves, by its name.
+        model: MODEL as for `vlm.load`, or a model, whose device, precision and backend then count; several processes
+            load it themselves, by its name.
         out: folder for the embeddings; of both modalities, for the folders images and texts.
         processes: how many to start, each with a model of its own; under a launcher each process makes this call.
         selection: file of `vlm curate`: embed only its samples.
+        workers: that read and decode, processes for torch and threads for an ONNX export.
         store: precision of the vectors. quantize: quantized copies to store, too.
+        backend: `onnx` is the model's ONNX export (`vlm.export`), which starts without torch and runs on the CPU;
+            empty is what VLM_BACKEND says, else `auto`: what a folder was begun with, else the export where it is up to
+            date and in float32 and there is no GPU. A folder holds rows of one backend only.
         compile: compile the image tower, which takes a minute or more at the start.
         engine: ray starts the processes on a Ray cluster: that of `ray_address`, of the variable RAY_ADDRESS, or one of
             this machine. Its machines must see the model, the shards and `out` under the same paths.
@@ -87,19 +95,21 @@ def embed(
         UsageError: an option is out of range, `out` holds something else, or the cluster has no room.
         VlmError: a shard is damaged, or no sample can be used.
     """
-    if isinstance(model, Model):
-        model = model.encoder
-    if isinstance(model, VisionLanguageModel):
+    encoder = _encoder_given(model)
+    spec = str(model) if encoder is None else _spec_of(encoder)
+    if encoder is not None:
         # the folder notes what its rows were computed in
-        precision = precision_name(model)
+        precision = "fp32" if isinstance(encoder, OnnxEncoder) else precision_name(encoder)
+        backend = "onnx" if isinstance(encoder, OnnxEncoder) else "torch"
     job = _EmbedJob(
-        model=str(model) if isinstance(model, str | Path) else model,
+        model=spec if encoder is None else encoder,
         shards=join_shards(shards),
         # both modalities in one pass, so that each shard is read once
         folders=_output_folders(Path(out), modality),
         device=device,
+        backend=backend,
         options=EmbedOptions(
-            model_spec=str(model) if isinstance(model, str | Path) else model.name,
+            model_spec=spec,
             batch_size=batch_size,
             workers=workers,
             allow_damage=allow_damage,
@@ -113,10 +123,7 @@ def embed(
     if engine != "local" or ray_address is not None:
         check_engine(engine, ray_address)
     if engine == "ray":
-        source, cluster = _on_cluster(job, processes, ray_address)
-        folders = job.folders
-        summaries = embed_on_ray(source, shards_at(job.shards), folders, job.options, cluster, selection=job.selection)
-        return EmbedResult(image=summaries.get("image"), text=summaries.get("text"))
+        return job.run_on_cluster(processes, ray_address)
     if processes == 1:
         return job.run()
     _check_device(device)
@@ -129,7 +136,7 @@ def embed(
 
 @os_errors_explained()
 def caption_shards(
-    model: str | Path | Model | VisionLanguageModel,
+    model: "str | Path | Model | VisionLanguageModel",
     shards: Shards,
     out: str | Path | None = None,
     *,
@@ -142,7 +149,7 @@ def caption_shards(
     precision: Literal["fp32", "bf16"] = "fp32",
     engine: Engine = "local",
     ray_address: str | None = None,
-) -> RecaptionSummary:
+) -> "RecaptionSummary":
     """Write new captions of all samples of shards beside them, as `vlm caption MODEL SHARDS` does; repeat to resume.
 
     Training mixes them in: `captions_from` and `caption_mix` of its loader, or of a source of a mixture.
@@ -159,9 +166,11 @@ def caption_shards(
         UsageError: the model has no caption decoder, an option is out of range, or `out` holds something else.
         VlmError: a shard is damaged, or no sample can be used.
     """
+    from vlm.index.recaption import RecaptionOptions
+
     if isinstance(model, Model):
         model = model.encoder
-    if isinstance(model, VisionLanguageModel):
+    if not isinstance(model, str | Path):
         # what the captions depend on is the model that is there, not the argument
         precision = precision_name(model)
     url = join_shards(shards)
@@ -183,6 +192,8 @@ def caption_shards(
     if engine != "local" or ray_address is not None:
         check_engine(engine, ray_address)
     if engine == "ray":
+        from vlm.index.ray_parts import caption_on_ray
+
         source, cluster = _on_cluster(job, processes, ray_address)
         return caption_on_ray(source, shards_at(job.shards), job.out, job.options, cluster)
     if processes == 1:
@@ -210,14 +221,17 @@ def sidecar_folder(shards: Sequence[str]) -> Path:
 class _CaptionJob:
     """The share of a process of the captions of shards."""
 
-    model: str | VisionLanguageModel
+    model: "str | VisionLanguageModel"
     shards: str
     out: Path
     device: str
-    options: RecaptionOptions
+    options: "RecaptionOptions"
 
-    def run(self) -> RecaptionSummary:
+    def run(self) -> "RecaptionSummary":
         """Load the model and caption this process's share."""
+        from vlm.index.recaption import recaption
+        from vlm.models.load import load_model
+
         rank = ProcessRank.from_environment()
         model = self.model
         if isinstance(model, str):
@@ -230,10 +244,11 @@ class _CaptionJob:
 class _EmbedJob:
     """The share of a process of the work on shards."""
 
-    model: str | VisionLanguageModel
+    model: str | AnyEncoder
     shards: str
     folders: dict[Modality, Path]
     device: str
+    backend: Backend | Literal[""]
     options: EmbedOptions
     selection: Path | None
 
@@ -246,14 +261,83 @@ class _EmbedJob:
         shards = shards_at(self.shards)
         model = self.model
         if isinstance(model, str):
-            model = load_model(model, device=_device_of_rank(self.device, rank), precision=options.precision)
+            model = load_bulk_encoder(
+                model,
+                device=_device_of_rank(self.device, rank),
+                precision=options.precision,
+                backend=_backend_to_go_on(self.backend, self.folders),
+                needs_network=options.is_compiled,
+            )
         summaries = embed_into(model, shards, self.folders, options)
         return EmbedResult(image=summaries.get("image"), text=summaries.get("text"), share=rank)
+
+    def run_on_cluster(self, processes: int, ray_address: str | None) -> EmbedResult:
+        """Have processes of a Ray cluster embed all of it."""
+        from vlm.index.ray_parts import embed_on_ray
+
+        source, cluster = _on_cluster(self, processes, ray_address)
+        if self._uses_export_on_cluster():
+            source = replace(source, open_export=open_bulk_export)
+        shards = shards_at(self.shards)
+        summaries = embed_on_ray(source, shards, self.folders, self.options, cluster, selection=self.selection)
+        return EmbedResult(image=summaries.get("image"), text=summaries.get("text"))
+
+    def _uses_export_on_cluster(self) -> bool:
+        """Whether the processes of a cluster run the export: as on one machine, so that the parts have its bytes."""
+        choice = _backend_to_go_on(self.backend, self.folders)
+        if choice != "auto":
+            return choice == "onnx"
+        options = self.options
+        takes_gpu = self.device == "auto" and has_gpu()
+        if options.precision != "fp32" or options.is_compiled or takes_gpu:
+            return False
+        try:
+            encoder = open_export(options.model_spec)
+        except VlmError:
+            return False
+        # the export of a name lies in a cache, which other machines do not see
+        return Path(encoder.name).is_dir() and encoder.export.details.precision == "float32"
+
+
+def _encoder_given(model: "str | Path | Model | VisionLanguageModel") -> "VisionLanguageModel | OnnxEncoder | None":
+    """A model that is loaded already, ready for many rows; None where it is only named."""
+    if isinstance(model, str | Path):
+        return None
+    encoder = model.query_encoder if isinstance(model, Model) else model
+    return replace(encoder, is_bulk=True) if isinstance(encoder, OnnxEncoder) else encoder
+
+
+def _spec_of(encoder: "VisionLanguageModel | OnnxEncoder") -> str:
+    return encoder.spec if isinstance(encoder, OnnxEncoder) else encoder.name
+
+
+def _backend_to_go_on(backend: str, folders: Mapping[Modality, Path]) -> Backend:
+    """The backend asked for; for auto the one that a folder was begun with, if one was.
+
+    Raises:
+        UsageError: a folder was begun with another one than is asked for.
+    """
+    choice = chosen_backend(backend)
+    for folder in folders.values():
+        begun = str(recorded_configuration(folder).get("backend", ""))
+        if not begun:
+            continue
+        # an int8 export is one, too; which of the two it is shows when it is opened
+        recorded: Backend = "torch" if begun == "torch" else "onnx"
+        if choice not in ("auto", recorded):
+            raise UsageError(
+                f"{folder} was begun with the backend {recorded}, and holds rows of one only: leave out the backend "
+                f"{choice} to go on with {recorded}, or name another folder."
+            )
+        choice = recorded
+    return choice
 
 
 def _on_cluster(
     job: "_EmbedJob | _CaptionJob", processes: int, ray_address: str | None
-) -> tuple[ModelSource, RayCluster]:
+) -> tuple["ModelSource", RayCluster]:
+    from vlm.index.ray_parts import ModelSource
+
     _check_device(job.device)
     source = ModelSource(spec=job.options.model_spec, device=job.device, precision=job.options.precision)
     return source, RayCluster(processes=processes, address=ray_address, uses_gpus=job.device != "cpu")
@@ -294,7 +378,11 @@ def _output_folders(out: Path, modality: Literal["image", "text", "both"]) -> di
 
 def _device_of_rank(device: str, rank: ProcessRank) -> str:
     """With several processes on a machine with GPUs, each uses the GPU of its local rank."""
-    if device != "auto" or rank.world_size == 1 or not torch.cuda.is_available():
+    if device != "auto" or rank.world_size == 1 or not has_gpu():
+        return device
+    import torch
+
+    if not torch.cuda.is_available():
         return device
     # more processes than GPUs share them in turn
     return f"cuda:{rank.local_rank % torch.cuda.device_count()}"

@@ -12,7 +12,7 @@ import numpy as np
 
 from vlm.api.explanation import explainer
 from vlm.api.image_batches import Images
-from vlm.api.inference import Model, encoder_of, encoder_to_measure, load
+from vlm.api.inference import Model, encoder_of, load
 from vlm.config import text_list
 from vlm.data.pack import shards_at
 from vlm.data.shards import Shards, join_shards
@@ -34,7 +34,7 @@ from vlm.evaluation.zero_shot import ZeroShot, ZeroShotClassification, open_labe
 from vlm.files import write_text
 from vlm.pages import Provenance
 from vlm.results import Result, json_values
-from vlm.service.query import Backend
+from vlm.service.query import Backend, load_bulk_encoder
 
 if TYPE_CHECKING:
     from vlm.models.model import VisionLanguageModel
@@ -324,8 +324,8 @@ class _Opening:
         else:
             encoder = model
             if isinstance(model, str | Path):
-                encoder = encoder_to_measure(
-                    model,
+                encoder = load_bulk_encoder(
+                    str(model),
                     device=self.device,
                     precision=self.precision,
                     backend=self.backend,

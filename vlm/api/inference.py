@@ -25,7 +25,6 @@ from vlm.evaluation.class_vectors import (
 )
 from vlm.evaluation.rejection import RejectRule, read_reject_rule
 from vlm.files import json_text
-from vlm.model_spec import is_onnx_folder
 from vlm.models.decoding_options import DecodingOptions
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.service.query import Backend, chosen_backend, embed_pixels, embed_query_texts, load_query_encoder
@@ -480,32 +479,6 @@ def precision_name(model: "VisionLanguageModel") -> Literal["fp32", "bf16"]:
     import torch
 
     return "fp32" if model.precision == torch.float32 else "bf16"
-
-
-def encoder_to_measure(
-    model: str | Path,
-    *,
-    device: str,
-    precision: Literal["fp32", "bf16"],
-    backend: Backend | Literal[""],
-    needs_network: bool,
-) -> "VisionLanguageModel | OnnxEncoder":
-    """A model by torch or, where that gives the same figures or is asked for, its ONNX export.
-
-    needs_network: more is asked of the model than unit vectors, which are all that an export gives.
-    """
-    choice = chosen_backend(backend)
-    if choice == "auto" and needs_network:
-        choice = "torch"
-    encoder = load(model, device=device, precision=precision, backend=choice).query_encoder
-    if not isinstance(encoder, OnnxEncoder):
-        return encoder
-    is_rounded = encoder.export.details.precision != "float32"
-    # the figures are those of the model itself unless its int8 export was asked for
-    if is_rounded and choice == "auto" and not is_onnx_folder(Path(model)):
-        return encoder_of(model, device=device, precision=precision)
-    logger.info(f"{model} is evaluated by its ONNX export ({encoder.export.details.precision}).")
-    return encoder
 
 
 def read_prompts(

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from vlm.data.collate import EvalBatch, EvalCollator, SampleFailure, TrainingBatch, TrainingCollator
+from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.loader import stream_batches
 from vlm.data.sampler import BatchSampler, SequentialBatches
 from vlm.data.samples import Captions, SampleIndex, select_languages
-from vlm.data.shards import BatchPlan, Collator
+from vlm.data.shards import BatchPlan, Collator, EvalBatch, EvalCollator, SampleFailure
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import BadSample, UsageError, os_errors_explained

@@ -9,6 +9,7 @@ import tyro
 
 from vlm.cli.options import (
     AllowDamageOption,
+    BackendOption,
     DeviceOption,
     EngineOption,
     JsonOption,
@@ -32,7 +33,8 @@ class Embed:
     """Embed the images, the captions, or both, of shards.
 
     Safe to interrupt: rerun the same command to resume. Several processes can fill one folder together: give
-    --processes, or start the command by torchrun, accelerate or srun.
+    --processes, or start the command by torchrun, accelerate or srun. On the CPU the model's ONNX export (vlm export
+    MODEL --to onnx) is taken where there is one; a folder is finished by the backend that it was begun with.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -69,6 +71,8 @@ class Embed:
     device: DeviceOption = "auto"
 
     precision: PrecisionOption = "fp32"
+
+    backend: BackendOption = ""
 
     engine: EngineOption = "local"
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,15 @@ from vlm.config import suggest
 from vlm.data.decode import open_image, to_rgb
 from vlm.data.sampler import SequentialBatches
 from vlm.data.samples import Captions, SampleIndex, WordedSource, parse_npy, split_lines
-from vlm.data.shards import ShardSet, batches_by_threads, count_samples, expand_shards, shards_fingerprint
+from vlm.data.shards import (
+    Pixels,
+    ShardSet,
+    as_pixels,
+    count_samples,
+    expand_shards,
+    read_batches,
+    shards_fingerprint,
+)
 from vlm.data.sources.source import NamedSource, PairSource, SourceOptions
 from vlm.data.sources.source_registry import holds_shards, open_source
 from vlm.data.tar import ShardReader, read_members
@@ -26,7 +34,7 @@ from vlm.data.transforms import EvalTransform
 from vlm.errors import BadSample, UsageError
 from vlm.evaluation.class_vectors import class_list_beside, class_of, templates_beside, unique_names
 from vlm.files import compute_fingerprint
-from vlm.tensor_types import Array, Int64, Tensor, UInt8
+from vlm.tensor_types import Array, Int64
 
 IMAGES_AT_ONCE = 256
 CLS_LABEL = "cls"
@@ -84,19 +92,6 @@ class SetImages:
         for alter in self.alterations:
             image = alter(image, key)
         return image
-
-
-Pixels: TypeAlias = UInt8[Array, "..."] | UInt8[Tensor, "..."]
-"""Images as arrays, which a model without torch takes, or as tensors."""
-
-
-def as_pixels(pixels: UInt8[Array, "..."], *, as_arrays: bool) -> Pixels:
-    """The same images as a model takes them, in the same memory."""
-    if as_arrays:
-        return pixels
-    import torch
-
-    return torch.from_numpy(pixels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,15 +232,11 @@ class EvaluationSet:
         collate = _SetCollator(images=self.images, view=view, keys=self.keys, as_arrays=as_arrays)
         rank, num_processes = share
         numbers = range(rank, len(plan), num_processes)
-        if as_arrays:
-            # a source that is no shards has one place that it reads at
-            threads = workers if self.images.source is None else min(workers, 1)
-            return batches_by_threads(plan, self.images.shards, collate, numbers=numbers, threads=threads)
-        # here, since an evaluation by an ONNX export needs no torch, which takes seconds to load
-        from vlm.data.loader import stream_batches
-
-        tensors: Any = collate
-        return stream_batches(plan, self.images.shards, tensors, numbers=numbers, workers=workers)
+        # a source that is no shards has one place that its threads read at
+        if as_arrays and self.images.source is not None:
+            workers = min(workers, 1)
+        shards = self.images.shards
+        return read_batches(plan, shards, collate, numbers=numbers, workers=workers, as_arrays=as_arrays)
 
     def image_file(self, row: int) -> bytes:
         """The file of an image as it lies in the set, unaltered.

@@ -8,10 +8,12 @@ Nothing here needs torch: a search reads this folder instead of loading the mode
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -19,7 +21,14 @@ from vlm.data.tokenizers import Tokenizer, open_tokenizer, trim_tokens
 from vlm.errors import UsageError, VlmError
 from vlm.files import sha256_file, write_text
 from vlm.manifest import MANIFEST, Manifest, damage_as_error, read_manifest
-from vlm.model_spec import ONNX, ONNX_TEXT_TOWER, VARIANT_SEPARATOR, mirrored_fingerprint, truncated_fingerprint
+from vlm.model_spec import (
+    MIRROR,
+    ONNX,
+    ONNX_TEXT_TOWER,
+    VARIANT_SEPARATOR,
+    mirrored_fingerprint,
+    truncated_fingerprint,
+)
 from vlm.tensor_types import Array, Float32, UInt8
 
 if TYPE_CHECKING:
@@ -34,6 +43,8 @@ TOKENS = "tokens"
 EMBEDDINGS = "embeddings"
 
 OnnxPrecision = Literal["float32", "int8"]
+
+Rows = TypeVar("Rows", Array, list[str])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +162,8 @@ def _record_times(export: OnnxFolder, touched: dict[str, SourceFile]) -> None:
 
 _IMAGES_AT_ONCE = 32
 _TEXTS_AT_ONCE = 256
+# of one thread: the quickest of 1 to 250 for a ViT and a text transformer of width 192, for more leave its cache
+_ROWS_OF_A_THREAD = 16
 _ERRORS_ONLY = 3
 
 
@@ -160,12 +173,15 @@ class OnnxEncoder:
 
     name: MODEL as it was asked for. dimensions: how many numbers of an embedding are kept; None: all. is_mirrored: an
     image is embedded with its mirror image, before that.
+    is_bulk: for many rows, each small batch of which has a thread to itself: quicker than threads that share each batch
+        and wait for each other, and a vector's last bits do not depend on the number of threads.
     """
 
     name: str
     export: OnnxFolder
     dimensions: int | None = None
     is_mirrored: bool = False
+    is_bulk: bool = False
     _sessions: dict[str, "onnxruntime.InferenceSession"] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -175,6 +191,12 @@ class OnnxEncoder:
                 f"{self.name}{VARIANT_SEPARATOR}{self.dimensions}: the embeddings of {self.name} have {size} "
                 f"dimensions; keep from 1 to {size} of them."
             )
+
+    @property
+    def spec(self) -> str:
+        """MODEL with its variant."""
+        mirror = f"{VARIANT_SEPARATOR}{MIRROR}" if self.is_mirrored else ""
+        return f"{self.name}{mirror}" + ("" if self.dimensions is None else f"{VARIANT_SEPARATOR}{self.dimensions}")
 
     @property
     def fingerprint(self) -> str:
@@ -236,7 +258,7 @@ class OnnxEncoder:
 
     def embed_images(self, images: UInt8[Array, "B 3 H W"]) -> Float32[Array, "B D"]:
         """Unit vectors of images as `view` gives them."""
-        batches = [images[first : first + _IMAGES_AT_ONCE] for first in range(0, len(images), _IMAGES_AT_ONCE)]
+        batches = self._batches(images, _IMAGES_AT_ONCE)
         vectors = self._embed(IMAGE_TOWER, PIXELS, batches)
         if self.is_mirrored:
             both = vectors + self._embed(IMAGE_TOWER, PIXELS, [batch[:, :, :, ::-1] for batch in batches])
@@ -244,21 +266,31 @@ class OnnxEncoder:
         return self._truncated(vectors)
 
     def embed_texts(self, texts: Sequence[str]) -> Float32[Array, "T D"]:
-        """Unit vectors of texts."""
+        """Unit vectors of texts; neighbours of like length are embedded in less time."""
         batches: list[Array] = []
-        for first in range(0, len(texts), _TEXTS_AT_ONCE):
-            tokens = self.tokenizer.encode(list(texts[first : first + _TEXTS_AT_ONCE]))
+        for some in self._batches(list(texts), _TEXTS_AT_ONCE):
+            tokens = self.tokenizer.encode(some)
             if self.export.details.text_length == "any":
                 tokens = trim_tokens(tokens, self.tokenizer)
             batches.append(tokens)
         return self._truncated(self._embed(ONNX_TEXT_TOWER, TOKENS, batches))
 
+    def _batches(self, rows: Rows, size: int) -> list[Rows]:
+        """Consecutive rows in as few batches as can be, of nearly one size, so that none is left with a single row."""
+        number = -(-len(rows) // (_ROWS_OF_A_THREAD if self.is_bulk else size))
+        ends = [len(rows) * batch // number for batch in range(number + 1)] if number else []
+        return [rows[first:end] for first, end in pairwise(ends)]
+
     def _embed(self, tower: str, input_name: str, batches: Sequence[Array]) -> Float32[Array, "N D"]:
-        rows = [np.zeros((0, self.export.details.embedding_size), np.float32)]
-        for batch in batches:
-            outputs: Any = self._session(tower).run([EMBEDDINGS], {input_name: np.ascontiguousarray(batch)})
-            rows.append(outputs[0])
-        return np.concatenate(rows)
+        session = self._session(tower)
+
+        def run(batch: Array) -> Float32[Array, "B D"]:
+            outputs: Any = session.run([EMBEDDINGS], {input_name: np.ascontiguousarray(batch)})
+            return outputs[0]
+
+        run_all = self._threads.map if self.is_bulk else map
+        no_rows = np.zeros((0, self.export.details.embedding_size), np.float32)
+        return np.concatenate([no_rows, *run_all(run, batches)])
 
     def _truncated(self, vectors: Float32[Array, "N D"]) -> Float32[Array, "N K"]:
         if self.dimensions is None:
@@ -270,12 +302,24 @@ class OnnxEncoder:
     def _session(self, tower: str) -> "onnxruntime.InferenceSession":
         # each tower when it is first used: a text query never reads the image tower's weights
         if tower not in self._sessions:
-            self._sessions[tower] = open_session(self.export, tower)
+            self._sessions[tower] = open_session(
+                self.export, tower, threads=1 if self.is_bulk else _num_threads(default=0)
+            )
         return self._sessions[tower]
 
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_num_threads(default=len(os.sched_getaffinity(0))), "onnx")
 
-def open_session(export: OnnxFolder, tower: str) -> "onnxruntime.InferenceSession":
-    """A tower ready to run on the CPU, with as many threads as OMP_NUM_THREADS says, by default one a core.
+
+def _num_threads(*, default: int) -> int:
+    """As many as OMP_NUM_THREADS says."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return int(threads) if threads.isdecimal() and int(threads) else default
+
+
+def open_session(export: OnnxFolder, tower: str, *, threads: int = 0) -> "onnxruntime.InferenceSession":
+    """A tower ready to run on the CPU, with so many threads; 0 is one a core.
 
     Raises:
         UsageError: onnxruntime is not installed. VlmError: it cannot read the tower.
@@ -288,8 +332,7 @@ def open_session(export: OnnxFolder, tower: str) -> "onnxruntime.InferenceSessio
         ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    options.intra_op_num_threads = int(threads) if threads.isdecimal() else 0
+    options.intra_op_num_threads = threads
     # waiting threads sleep: the few queries of a process do not pay for spinning
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if export.details.precision == "float32":

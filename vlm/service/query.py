@@ -515,7 +515,7 @@ def load_query_encoder(
         VlmError: the model, or the export that was asked for, is damaged.
     """
     choice = chosen_backend(backend)
-    if choice == "torch" or (choice == "auto" and prefers_gpu and _has_gpu()):
+    if choice == "torch" or (choice == "auto" and prefers_gpu and has_gpu()):
         return load(spec)
     reason = ""
     try:
@@ -528,6 +528,39 @@ def load_query_encoder(
     # after the model: where there is none, that is all there is to say
     logger.info(reason)
     return encoder
+
+
+def load_bulk_encoder(
+    spec: str, *, device: str, precision: str, backend: Backend | Literal[""], needs_network: bool
+) -> QueryEncoder:
+    """What embeds many images and texts of a MODEL: its ONNX export where that gives the same figures or is asked for.
+
+    An export runs on the CPU, in float32, and gives unit vectors alone; for anything else (a device, a precision, or
+    `needs_network`: more is asked of the model) torch is taken.
+
+    Raises: as of `load_query_encoder`.
+    """
+    from_torch = partial(_load_by_torch, device=device, precision=precision)
+    choice = chosen_backend(backend)
+    if choice == "auto" and needs_network:
+        choice = "torch"
+    if choice == "torch" or device not in ("auto", "cpu") or precision != "fp32":
+        return from_torch(spec)
+    encoder = load_query_encoder(spec, backend=choice, prefers_gpu=device == "auto", load=from_torch)
+    if not isinstance(encoder, OnnxEncoder):
+        return encoder
+    is_rounded = encoder.export.details.precision != "float32"
+    # the figures are those of the model itself unless its int8 export was asked for
+    if is_rounded and choice == "auto" and not is_onnx_folder(Path(spec)):
+        return from_torch(spec)
+    logger.info(f"{spec} is run by its ONNX export ({encoder.export.details.precision}).")
+    return replace(encoder, is_bulk=True)
+
+
+def _load_by_torch(spec: str, *, device: str, precision: str) -> Encoder:
+    from vlm.models.load import load_model
+
+    return cast(Encoder, load_model(spec, device=device, precision=precision))
 
 
 def query_loader(*, backend: str = "", prefers_gpu: bool = False) -> "partial[QueryEncoder]":
@@ -554,7 +587,7 @@ def open_export(spec: str) -> OnnxEncoder:
     command = f"vlm export {shlex.quote(model)} --to onnx"
     if not is_onnx_folder(folder):
         raise UsageError(
-            f"{model} has no ONNX export, with which searches and evaluations start without torch: {command}"
+            f"{model} has no ONNX export, with which embedding, search and evaluation start without torch: {command}"
         )
     if importlib.util.find_spec("onnxruntime") is None:
         raise UsageError(f"The ONNX export of {model} needs onnxruntime: pip install 'vlm-pipeline[onnx]'.")
@@ -564,6 +597,14 @@ def open_export(spec: str) -> OnnxEncoder:
             f"The ONNX export of {model} is not used: {reason} since it was made. Make it again: {command}"
         )
     return OnnxEncoder(name=model, export=export, dimensions=dimensions, is_mirrored=variant == MIRROR)
+
+
+def open_bulk_export(spec: str) -> OnnxEncoder:
+    """The ONNX export of a MODEL, for many rows.
+
+    Raises: as of `open_export`.
+    """
+    return replace(open_export(spec), is_bulk=True)
 
 
 def embed_pixels(encoder: QueryEncoder, pixels: UInt8[Array, "B 3 H W"]) -> Float32[Array, "B D"]:
@@ -580,7 +621,8 @@ def embed_query_texts(encoder: QueryEncoder, texts: Sequence[str]) -> Float32[Ar
     return np.asarray(encoder.embed_texts(texts))
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Whether this machine has a GPU, as far as can be told without torch."""
     # without torch, whose answer would cost more than the GPU saves
     return os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1") and Path("/dev/nvidia0").exists()
 

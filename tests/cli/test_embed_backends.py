@@ -1,0 +1,168 @@
+"""`vlm embed` by a model's ONNX export and by torch: which of them is taken, and what their rows have in common."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vlm
+from tests.random_model import write_random_model
+from vlm.cli.main import main
+from vlm.errors import UsageError
+from vlm.index.embeddings_folder import Embeddings
+from vlm.models.load import load_model
+from vlm.service.query import Backend, open_bulk_export, open_export
+
+BOUND = 1e-6
+"""The largest cosine distance of a sample's two vectors, as docs/formats.md has it."""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, scene_tokenizer) -> Path:
+    """A model with its export."""
+    folder = write_random_model(tmp_path_factory.mktemp("exported") / "model", "tiny", scene_tokenizer)
+    vlm.export(folder, to="onnx")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(scene_shards) -> str:
+    return str(scene_shards / "val")
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """The checksums of all files of both modalities."""
+    checksums: dict[str, str] = {}
+    for name in ("images", "texts"):
+        manifest = Embeddings.open(folder / name, verify=True).manifest
+        checksums |= {f"{name}/{file}": record.sha256 for file, record in manifest.files.items()}
+    return checksums
+
+
+def backend_in(folder: Path) -> str:
+    return json.loads((folder / "manifest.json").read_text())["configuration"]["backend"]
+
+
+def test_the_export_is_taken_without_torch_and_gives_torch_s_vectors(exported, shards, tmp_path):
+    words = ["embed", str(exported), shards, str(tmp_path / "onnx"), "--modality", "both", "--store", "float32"]
+    code = f"import sys; from vlm.cli.main import main; main({words}); print(*sorted(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "open_clip", "transformers", "pandas"} & set(done.stderr.split())
+    assert "is run by its ONNX export (float32)" in done.stderr
+    vlm.embed(exported, shards, tmp_path / "torch", modality="both", store="float32", backend="torch")
+    for name in ("images", "texts"):
+        onnx, torch = Embeddings.open(tmp_path / "onnx" / name), Embeddings.open(tmp_path / "torch" / name)
+        assert onnx.space == torch.space
+        assert list(onnx.origins()) == list(torch.origins())
+        pairs = zip(onnx.blocks(), torch.blocks(), strict=True)
+        cosines = np.concatenate([(mine.astype(float) * theirs).sum(axis=1) for mine, theirs in pairs])
+        assert 1 - cosines.min() < BOUND
+        assert (backend_in(onnx.folder), backend_in(torch.folder)) == ("onnx", "torch")
+
+
+def test_files_by_the_export_are_the_same_with_any_threads_readers_and_processes(
+    exported, shards, tmp_path, monkeypatch
+):
+    options: dict[str, Any] = {"modality": "both", "store": "float32"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    vlm.embed(exported, shards, tmp_path / "one", **options, workers=0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    vlm.embed(exported, shards, tmp_path / "many", **options, workers=3)
+    assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
+    vlm.embed(exported, shards, tmp_path / "both", **options, processes=2)
+    assert files_of(tmp_path / "both") == files_of(tmp_path / "one")
+    vlm.embed(vlm.load(exported, backend="onnx"), shards, tmp_path / "loaded", **options)
+    assert files_of(tmp_path / "loaded") == files_of(tmp_path / "one")
+
+
+def test_a_vector_of_many_rows_does_not_depend_on_its_neighbours(exported):
+    encoder = open_bulk_export(str(exported))
+    images = np.random.default_rng(0).integers(0, 256, (50, 3, 32, 32), dtype=np.uint8)
+    whole = encoder.embed_images(images)
+    for size in (2, 17, 33):
+        assert np.abs(whole[:size] - encoder.embed_images(images[:size])).max() < 1e-6
+    assert np.abs(whole - open_export(str(exported)).embed_images(images)).max() < 1e-6
+    texts = [f"{number} red stars" for number in range(50)]
+    reference = load_model(str(exported), device="cpu").embed_texts(texts).numpy()
+    assert np.abs(encoder.embed_texts(texts) - reference).max() < 1e-5
+
+
+@pytest.mark.parametrize("begun_by", ["torch", "onnx"])
+def test_a_folder_goes_on_by_the_backend_that_it_was_begun_with(
+    exported, shards, tmp_path, monkeypatch, begun_by: Backend
+):
+    vlm.embed(exported, shards, tmp_path / "whole", backend=begun_by)
+    out = tmp_path / "out"
+    shutil.copytree(tmp_path / "whole", out)
+    (out / "parts" / "part-00000.npy").write_bytes(b"damaged")
+    other: Backend = "onnx" if begun_by == "torch" else "torch"
+    with pytest.raises(UsageError, match=f"begun with the backend {begun_by}, and holds rows of one only"):
+        vlm.embed(exported, shards, out, backend=other)
+    assert vlm.embed(exported, shards, out).summaries[0].new_rows > 0
+    assert Embeddings.open(out).manifest.files == Embeddings.open(tmp_path / "whole").manifest.files
+    monkeypatch.setenv("VLM_BACKEND", other)
+    with pytest.raises(UsageError, match=f"leave out the backend {other} to go on with {begun_by}"):
+        vlm.embed(exported, shards, out)
+
+
+def test_an_unfinished_folder_is_not_gone_on_with_by_another_backend(exported, shards, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("vlm.index.embed._write_parts", lambda *_: (_ for _ in ()).throw(RuntimeError))
+        with pytest.raises(RuntimeError):
+            vlm.embed(exported, shards, tmp_path / "out", backend="torch")
+    with pytest.raises(UsageError, match="begun with the backend torch"):
+        vlm.embed(exported, shards, tmp_path / "out", backend="onnx")
+    vlm.embed(exported, shards, tmp_path / "out")
+    assert backend_in(tmp_path / "out") == "torch"
+
+
+def test_an_export_that_is_gone_is_asked_for_where_work_was_begun_with_it(exported, shards, tmp_path, capsys):
+    model = shutil.copytree(exported, tmp_path / "model", copy_function=shutil.copyfile)
+    words = ["embed", str(model), shards, str(tmp_path / "out")]
+    assert main(words) == 0
+    (tmp_path / "out" / "parts" / "part-00000.npy").write_bytes(b"damaged")
+    shutil.rmtree(model / "onnx")
+    capsys.readouterr()
+    assert main(words) == 2
+    assert f"vlm export {model} --to onnx" in capsys.readouterr().err
+    # elsewhere torch is taken, and the export recommended
+    assert main([*words[:3], str(tmp_path / "other")]) == 0
+    assert f"vlm export {model} --to onnx" in capsys.readouterr().err
+    assert backend_in(tmp_path / "other") == "torch"
+
+
+def test_a_folder_from_before_backends_were_noted_is_torch_s(exported, shards, tmp_path):
+    vlm.embed(exported, shards, tmp_path / "out", backend="torch")
+    path = tmp_path / "out" / "manifest.json"
+    values = json.loads(path.read_text())
+    del values["configuration"]["backend"]
+    path.write_text(json.dumps(values))
+    assert vlm.embed(exported, shards, tmp_path / "out", backend="torch").summaries[0].was_complete
+    with pytest.raises(UsageError, match=r'another backend \("torch" instead of "onnx"\)'):
+        vlm.embed(exported, shards, tmp_path / "out", backend="onnx")
+
+
+def test_an_int8_export_is_taken_only_where_it_is_named_and_noted(exported, shards, tmp_path):
+    model = shutil.copytree(exported, tmp_path / "model", copy_function=shutil.copyfile)
+    manifest = model / "onnx" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"precision": "float32"', '"precision": "int8"'))
+    vlm.embed(model, shards, tmp_path / "auto")
+    assert backend_in(tmp_path / "auto") == "torch"
+    vlm.embed(model, shards, tmp_path / "named", backend="onnx")
+    assert backend_in(tmp_path / "named") == "onnx-int8"
+    assert vlm.embed(model, shards, tmp_path / "named").summaries[0].was_complete
+
+
+def test_what_an_export_cannot_do_is_left_to_torch_or_refused(exported, shards, tmp_path):
+    vlm.embed(exported, shards, tmp_path / "bf16", precision="bf16")
+    assert backend_in(tmp_path / "bf16") == "torch"
+    with pytest.raises(UsageError, match="An ONNX export is not compiled: leave --compile out"):
+        vlm.embed(exported, shards, tmp_path / "out", backend="onnx", compile=True)
+    assert not (tmp_path / "out").exists()
+    assert vlm.embed(f"{exported}#16", shards, tmp_path / "short", batch_size="auto").summaries[0].dimension == 16
+    assert backend_in(tmp_path / "short") == "onnx"
