@@ -113,6 +113,7 @@ class MixtureReport(Result):
             f"{share:.0%} of their spread ({_plain(self.metric, fit.left_out_spread)})"
         )
         judged += "." if fit.is_useful else ": no more than chance gives. More probes, or longer ones, may tell."
+        judged += self._beyond_probes()
         if not self.recommended:
             return judged
         scores = [[probe.score for probe in probes] for probes in (self.recommended, self.equal)]
@@ -123,6 +124,15 @@ class MixtureReport(Result):
             f"{judged}\nIn runs of {self.steps:,} steps the recommended weights are {better} than equal ones: "
             f"{self.metric} {told[0]} against {told[1]}."
         )
+
+    def _beyond_probes(self) -> str:
+        """A sentence on the weights that are larger than any probe had, empty where there are none."""
+        beyond: list[str] = []
+        for source in self.fit.sources:
+            largest = max(probe.weights[source.name] for probe in self.probes)
+            if source.weight > largest:
+                beyond.append(f"{source.name} {source.weight:.0%} (at most {largest:.0%} in a probe)")
+        return f" Beyond what was tried: {', '.join(beyond)}." if beyond else ""
 
 
 def _plain(metric: str, difference: float) -> str:

@@ -325,15 +325,16 @@ def _sizes(points: Sequence[ScalingPoint]) -> dict[str, float]:
         UsageError: they are not known, or two are too near to each other.
     """
     counted: dict[str, list[float]] = {}
-    for point in points:
-        counted.setdefault(point.architecture, []).append(point.flops_per_sample or 0.0)
-    if len(counted) == 1:
+    if len({point.architecture for point in points}) == 1:
         return {}
+    for point in points:
+        if not point.flops_per_sample:
+            raise UsageError(
+                f"The FLOPs of {point.architecture} cannot be counted, so that it has no size; leave it out."
+            )
+        counted.setdefault(point.architecture, []).append(point.flops_per_sample)
     # captions of other lengths take other FLOPs: the mean of the runs
     sizes = sorted((float(np.mean(values)), name) for name, values in counted.items())
-    for size, name in sizes:
-        if not size:
-            raise UsageError(f"The FLOPs of {name} cannot be counted, so that it has no size; leave it out.")
     for (size, name), (larger, next_name) in pairwise(sizes):
         if larger < _LEAST_RATIO * size:
             raise UsageError(

@@ -78,6 +78,12 @@ def _draw_compute(axes: "Axes", report: "ScalingReport") -> None:
         places = [point.flops or 0.0 for point in own]
         label = _shortened(architecture)
         axes.plot(places, [scale * point.score for point in own], "o", ms=4, color=f"C{number}", label=label)
+        if report.hold == "epochs" and own:
+            # compute grows with the samples alone
+            flops_each = places[-1] / own[-1].samples
+            steps = np.geomspace(own[0].samples, 2 * own[-1].samples, 101)
+            law = [scale * report.score(step, report.sizes[architecture]) for step in steps]
+            axes.plot(steps * flops_each, law, color=f"C{number}")
     plans = [plan for plan in report.budgets if plan.best]
     if plans:
         axes.plot(

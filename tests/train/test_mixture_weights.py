@@ -15,7 +15,7 @@ from vlm.config import to_toml
 from vlm.data.corpus import read_sources
 from vlm.errors import UsageError
 from vlm.train.history import read_run
-from vlm.train.mixture_weights import Probe, _draw_weights, fit_weights
+from vlm.train.mixture_weights import MixtureReport, Probe, _draw_weights, fit_weights
 
 NAMES = ("photos", "drawings", "icons", "noise")
 
@@ -45,6 +45,17 @@ def test_planted_sources_are_found_and_the_others_get_nothing():
         assert source.weight - 0.005 <= source.high
     assert fit.left_out_error < 0.2 * fit.left_out_spread
     assert fit.is_useful
+
+
+def test_weights_that_no_probe_had_are_told():
+    probes = tuple(probes_of(two_help, number=8))
+    report = MixtureReport(
+        metric="loss", steps=60, probes=probes, fit=fit_weights(probes), mixture="", recommended=(), equal=()
+    )
+    largest = max(probe.weights["photos"] for probe in probes)
+    assert f"Beyond what was tried: photos 94% (at most {largest:.0%} in a probe)" in report.verdict()
+    tried = (*probes, Probe(run="", weights=report.fit.weights(), score=4.0))
+    assert "Beyond" not in replace(report, probes=tried).verdict()
 
 
 def test_of_a_recall_more_is_better():
