@@ -34,7 +34,7 @@ from vlm.data.samples import Captions
 from vlm.errors import VlmError
 from vlm.files import fsync_folder
 from vlm.index.embeddings_folder import Origin, captions_from_json
-from vlm.index.engine_base import EngineCatalogue, Entry, RowSelection, row_numbers
+from vlm.index.engine_base import EngineCatalogue, Entry, RowSelection, row_set
 from vlm.index.facets import FieldSummary, ValueCount, count_values, summarize_fields
 from vlm.index.filter_language import Condition, matching_rows
 from vlm.index.index_files import REBUILD_HINT, FailPoint, no_failpoint
@@ -481,14 +481,14 @@ class Catalogue(EngineCatalogue):
         Raises:
             UsageError: it names another field that no row has, or compares numbers with texts.
         """
+        return row_ids(self.select(condition, optional_fields=optional_fields))
+
+    def select(self, condition: Condition, *, optional_fields: Collection[str] = ()) -> BitMap:
+        """As `where`, the set of the rows."""
         with self._reading() as database:
-            rows = matching_rows(
-                database,
-                condition,
-                optional_fields=optional_fields,
-                use_bitmaps=has_bitmaps(database, self.path.name),
-            )
-            return row_ids(rows - self._hidden(database))
+            agree = has_bitmaps(database, self.path.name)
+            rows = matching_rows(database, condition, optional_fields=optional_fields, use_bitmaps=agree)
+            return rows - self._hidden(database)
 
     def distinct_values(self, field: str, limit: int) -> list[int | float | str]:
         """The first values of a field in their order, numbers before texts, those of deleted rows among them."""
@@ -581,18 +581,20 @@ class Catalogue(EngineCatalogue):
 
     def count_values(self, field: str, *, top: int, rows: RowSelection | None = None) -> list[ValueCount]:
         """The `top` most frequent values of a column among the given rows, or among all of this version."""
-        numbers = None if rows is None else row_numbers(rows)
+        selected = None if rows is None else row_set(rows)
         with self._reading() as database:
-            return count_values(database, field, top=top, rows=numbers, hidden=row_ids(self._hidden(database)))
+            agree = has_bitmaps(database, self.path.name)
+            hidden = self._hidden(database)
+            return count_values(database, field, top=top, rows=selected, hidden=hidden, use_bitmaps=agree)
 
     def metadata_fields(self, rows: Sequence[int]) -> dict[int, set[tuple[str, int | float | str]]]:
         """The metadata fields and values of each given row; reads the whole table of metadata."""
         fields: dict[int, set[tuple[str, int | float | str]]] = {row: set() for row in rows}
-        query = (
+        sql = (
             "SELECT row, name, value FROM facts JOIN fields ON id = field WHERE row IN (SELECT value FROM json_each(?))"
         )
         with self._reading() as database:
-            for row, name, value in database.execute(query, (json.dumps(list(rows)),)):
+            for row, name, value in database.execute(sql, (json.dumps(list(rows)),)):
                 fields[row].add((name, value))
         return fields
 

@@ -1,16 +1,22 @@
 """Facets: the columns of an index's metadata, and how many rows have each value.
 
 They are read from the table of facts, whose primary key (field, value, row) makes distinct values, minimum and maximum
-a few page reads each; only counting reads a column whole.
+a few page reads each. Counting reads the bitmaps of frequent values and the facts of the others, in a catalogue without
+bitmaps a column whole.
 """
 
-import json
+import heapq
 import sqlite3
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
+from pyroaring import BitMap
+
 from vlm.index.metadata import FieldType, FieldValue, field_types
-from vlm.tensor_types import Array, Int64
+from vlm.index.row_bitmaps import plain_cursor, read_bitmap
 
 MOST_DISTINCT = 1000
 """Distinct values beyond which a column is no longer counted: it is rather a name than a category."""
@@ -80,24 +86,62 @@ def count_values(
     field: str,
     *,
     top: int,
-    rows: Int64[Array, " N"] | None = None,
-    hidden: Int64[Array, " H"],
+    rows: BitMap | None = None,
+    hidden: BitMap,
+    use_bitmaps: bool = False,
 ) -> list[ValueCount]:
     """The `top` most frequent values of a column, ties by value.
 
     rows: count only these; None counts all but the hidden ones.
+    use_bitmaps: read those that the database has (`vlm.index.row_bitmaps`) instead of most facts.
     """
-    condition = ""
-    parameters = [field]
-    if rows is not None:
-        condition = "AND row IN (SELECT value FROM json_each(?))"
-        parameters.append(json.dumps(rows.tolist()))
-    elif len(hidden):
-        condition = "AND row NOT IN (SELECT value FROM json_each(?))"
-        parameters.append(json.dumps(hidden.tolist()))
-    query = (
-        "SELECT value, count(*) AS number FROM facts WHERE field = (SELECT id FROM fields WHERE name = ?)"
-        f" {condition} GROUP BY value ORDER BY number DESC, value LIMIT ?"
-    )
-    counts = database.execute(query, (*parameters, top)).fetchall()
-    return [ValueCount(value=value, rows=number) for value, number in counts]
+    found = database.execute("SELECT id FROM fields WHERE name = ?", (field,)).fetchone()
+    if found is None:
+        return []
+    if use_bitmaps:
+        pairs = _count_by_bitmaps(database, found[0], rows, hidden)
+    elif rows is None and not hidden:
+        query = "SELECT value, count(*) FROM facts WHERE field = ? GROUP BY value"
+        pairs = plain_cursor(database).execute(query, found)
+    else:
+        pairs = _count_facts(database, "", found, rows, hidden)
+    counts = [ValueCount(value=value, rows=number) for value, number in pairs if number]
+    # numbers before texts, as SQLite sorts them
+    return heapq.nsmallest(top, counts, key=lambda count: (-count.rows, isinstance(count.value, str), count.value))
+
+
+def _count_by_bitmaps(
+    database: sqlite3.Connection, field: int, rows: BitMap | None, hidden: BitMap
+) -> Iterator[tuple[FieldValue, int]]:
+    """Each value with its number of rows: of a frequent one by its bitmap, of the others by their facts."""
+    shared: list[tuple[FieldValue, FieldValue]] = []
+    # one statement, as a writer may divide a span between two; a bitmap at a time is in memory
+    query = "SELECT low, high, CASE WHEN low = high THEN rows END FROM bitmaps WHERE field = ?"
+    for low, high, stored in plain_cursor(database).execute(query, (field,)):
+        if stored is None:
+            shared.append((low, high))
+            continue
+        having = read_bitmap(stored)
+        if rows is None:
+            yield low, len(having) - having.intersection_cardinality(hidden)
+        else:
+            yield low, having.intersection_cardinality(rows)
+    for low, high in shared:
+        yield from _count_facts(database, "AND value >= ? AND value <= ?", (field, low, high), rows, hidden)
+
+
+def _count_facts(
+    database: sqlite3.Connection,
+    condition: str,
+    parameters: Sequence[FieldValue],
+    rows: BitMap | None,
+    hidden: BitMap,
+) -> Iterator[tuple[FieldValue, int]]:
+    """Each value with its number of rows, by its facts, none of which is kept."""
+    query = f"SELECT value, row FROM facts WHERE field = ? {condition} ORDER BY value"
+    facts = plain_cursor(database).execute(query, parameters)
+    for value, same in groupby(facts, key=itemgetter(0)):
+        if rows is None:
+            yield value, sum(row not in hidden for _, row in same)
+        else:
+            yield value, sum(row in rows for _, row in same)

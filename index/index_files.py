@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlm.errors import UsageError
+import numpy as np
+
+from vlm.errors import UsageError, VlmError
 from vlm.index.embeddings_folder import EmbeddingSpace
 from vlm.manifest import MANIFEST, Manifest, damage_as_error, read_manifest
 
@@ -202,6 +204,30 @@ def version_file(generation: int) -> str:
     'versions/00001.json'
     """
     return f"{VERSIONS}/{generation:05d}.json"
+
+
+def open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of a .npy file, memory-mapped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        VlmError: it cannot be read, or has another type or shape.
+    """
+    # the system refuses to map zero bytes
+    mode = "r" if np.prod(shape) else None
+    try:
+        array = np.load(path, mmap_mode=mode, allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        raise VlmError(f"{path} is damaged ({error}); {REBUILD_HINT}.") from error
+    if array.dtype != dtype or array.shape != shape:
+        raise VlmError(
+            f"{path} is damaged: it holds {array.dtype} of shape {array.shape}, {dtype} of {shape} were written; "
+            f"{REBUILD_HINT}."
+        )
+    # as a plain array: each operation on np.memmap runs Python code, which costs microseconds
+    return np.asarray(array)
 
 
 def read_previous(folder: Path, manifest: Manifest) -> Manifest | None:

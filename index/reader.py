@@ -21,15 +21,15 @@ from vlm.index.embeddings_folder import Origin
 from vlm.index.engine_base import (
     EngineIndex,
     EngineSnapshot,
+    FilteredRows,
     IndexInfo,
     RowSelection,
     ScoredRows,
     SegmentInfo,
     manifest_stamp,
-    row_numbers,
 )
-from vlm.index.index_files import REBUILD_HINT, IndexDetails, Segment, read_previous
-from vlm.index.segments import SegmentReader, SegmentView, nearest, open_array
+from vlm.index.index_files import REBUILD_HINT, IndexDetails, Segment, open_array, read_previous
+from vlm.index.segments import SegmentReader, SegmentView, nearest
 from vlm.manifest import FileRecord, Manifest, check_files, read_manifest
 from vlm.tensor_types import Array, Float32, Int64
 
@@ -60,11 +60,20 @@ class IndexSnapshot(EngineSnapshot):
     dead: Int64[Array, " N"]
 
     def _list_rows(self) -> Int64[Array, " N"]:
+        # those of a single segment are mapped, unless some of them are deleted
+        if len(self.views) == 1:
+            return self.views[0].rows()
         return np.concatenate([np.zeros(0, np.int64), *(view.rows() for view in self.views)])
+
+    def live(self, rows: Int64[Array, " N"]) -> Int64[Array, " M"]:
+        """As of `EngineSnapshot`, without a list of all rows."""
+        distinct = np.unique(rows)
+        return np.concatenate([np.zeros(0, np.int64), *(view.those_of(distinct) for view in self.views)])
 
     def nearest(self, queries: Float32[Array, "Q D"], top: int, allowed_rows: RowSelection | None = None) -> ScoredRows:
         """As of `vlm.index.segments.nearest`."""
-        return nearest(self.views, queries, top, None if allowed_rows is None else row_numbers(allowed_rows))
+        assert not isinstance(allowed_rows, FilteredRows)
+        return nearest(self.views, queries, top, allowed_rows)
 
     def entries(self) -> Iterator[tuple[int, Origin]]:
         """Each live row with what it was made from, ascending."""

@@ -17,7 +17,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
+from math import ceil
 from operator import itemgetter
 from typing import Any
 
@@ -27,7 +28,7 @@ from pyroaring import BitMap
 from vlm.errors import VlmError
 from vlm.index.index_files import REBUILD_HINT
 from vlm.index.metadata import FieldValue
-from vlm.tensor_types import Array, Int, Int64
+from vlm.tensor_types import Array, Bool, Int, Int64, UInt8
 
 FACTS_PER_BITMAP = 4096
 """At the ends of a condition at most twice as many facts are read, in about a millisecond each time."""
@@ -70,6 +71,77 @@ def row_ids(bitmap: BitMap) -> Int64[Array, " N"]:
     return np.frombuffer(bitmap.to_array(), np.uint32).astype(np.int64)
 
 
+_FETCHED_AT_ONCE = 65_536
+# below 128 KB, from where on the C library may map memory for each block
+_NUMBERS_AT_ONCE = 15_000
+# of which no block of row numbers is a larger range
+_WIDEST = 2**24
+
+
+def row_id_blocks(bitmap: BitMap) -> Iterator[Int64[Array, " _"]]:
+    """The row numbers in a set, ascending, in blocks, so that a large set is never in memory as numbers."""
+    if len(bitmap) <= _NUMBERS_AT_ONCE:
+        yield row_ids(bitmap)
+        return
+    # the sparser the wider, so that few rows are few blocks
+    span = bitmap.max() + 1 - bitmap.min()
+    width = min(_WIDEST, ceil(span * _NUMBERS_AT_ONCE / len(bitmap)))
+    for first in range(bitmap.min(), bitmap.max() + 1, width):
+        yield row_ids(bitmap & BitMap(range(first, first + width)))
+
+
+def contained(rows: Int64[Array, " N"], bitmap: BitMap) -> Bool[Array, " N"]:
+    """Which of the rows, distinct and ascending, are in a set."""
+    if not len(rows):
+        return np.zeros(0, bool)
+    within = bitmap & BitMap(range(rows.item(0), rows.item(-1) + 1))
+    return np.isin(rows, row_ids(within), assume_unique=True)
+
+
+# where every so many-th position of a range is set, or more, they are packed as the whole range
+_DENSE = 8
+
+
+def pack_bits(blocks: Iterable[Int64[Array, " _"]], count: int) -> UInt8[Array, " _"]:
+    """A bit for each of `count` positions, set for those of the blocks, each ascending: as FAISS reads a selection."""
+    bits = np.zeros((count + 7) // 8, np.uint8)
+    for positions in blocks:
+        if not len(positions):
+            continue
+        first = positions.item(0) // 8 * 8
+        span = positions.item(-1) + 1 - first
+        if span <= _DENSE * len(positions):
+            is_set = np.zeros(span, bool)
+            is_set[positions - first] = True
+            packed = np.packbits(is_set, bitorder="little")
+            bits[first // 8 : first // 8 + len(packed)] |= packed
+        else:
+            # those of one byte are neighbours
+            places = positions >> 3
+            begins = np.flatnonzero(np.diff(places, prepend=-1))
+            values = np.left_shift(1, positions & 7).astype(np.uint8)
+            bits[places[begins]] |= np.bitwise_or.reduceat(values, begins)
+    return bits
+
+
+def all_bits(count: int) -> UInt8[Array, " _"]:
+    """As of `pack_bits`, with each position set."""
+    bits = np.full((count + 7) // 8, 255, np.uint8)
+    if count % 8:
+        bits[-1] = (1 << count % 8) - 1
+    return bits
+
+
+def unpack_bits(bits: UInt8[Array, " _"], first: int, last: int) -> Bool[Array, " N"]:
+    """Which of the positions from `first`, a multiple of 8, to before `last` are set."""
+    return np.unpackbits(bits[first // 8 :], count=last - first, bitorder="little").view(bool)
+
+
+def bits_at(bits: UInt8[Array, " _"], positions: Int64[Array, " N"]) -> Bool[Array, " N"]:
+    """Which of these positions are set."""
+    return (bits[positions >> 3] >> (positions & 7).astype(np.uint8) & 1).astype(bool)
+
+
 def read_bitmap(stored: bytes) -> BitMap:
     """A set of rows as a catalogue stores it.
 
@@ -85,7 +157,12 @@ def read_bitmap(stored: bytes) -> BitMap:
 def fetch_bitmap(database: sqlite3.Connection, sql: str, *parameters: FieldValue) -> BitMap:
     """The row numbers in the only column of a query."""
     rows = chain.from_iterable(plain_cursor(database).execute(sql, parameters))
-    return to_bitmap(np.fromiter(rows, np.int64))
+    found = BitMap()
+    while len(block := np.fromiter(islice(rows, _FETCHED_AT_ONCE), np.int64)):
+        # in the order of values, and a set takes in sorted numbers in a tenth of the time
+        block.sort()
+        found |= to_bitmap(block)
+    return found
 
 
 def plain_cursor(database: sqlite3.Connection) -> sqlite3.Cursor:

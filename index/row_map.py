@@ -16,21 +16,23 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pyroaring import BitMap
 
 from vlm.console import progress
 from vlm.errors import UsageError
 from vlm.files import atomic_write
 from vlm.index.ann.faiss_search import load_faiss
-from vlm.index.index_files import MapRecord
+from vlm.index.engine_base import RowSelection, row_set
+from vlm.index.index_files import MapRecord, open_array
 from vlm.index.reader import IndexSnapshot
-from vlm.index.segments import nearest, open_array
+from vlm.index.row_bitmaps import contained
+from vlm.index.segments import nearest
 from vlm.manifest import FileRecord, record_file
-from vlm.tensor_types import Array, Float, Float32, Int64
+from vlm.tensor_types import Array, Bool, Float, Float32, Int64
 
 if TYPE_CHECKING:
     from sklearn.decomposition import PCA
@@ -48,6 +50,8 @@ MOST_PLACED = 5_000
 """Rows added since the map was made that a reader places in one version; a new map has a place for all."""
 
 _PLACE = np.dtype([("row", "<i8"), ("x", "<f4"), ("y", "<f4")])
+_X = 2
+"""Where x stands among the four bytes each of a place; y follows."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 _NEIGHBOURS = 15
@@ -221,13 +225,14 @@ def write_map(path: Path, rows: Int64[Array, " N"], places: Float32[Array, "N 2"
 
 
 def read_map(folder: Path, record: MapRecord) -> tuple[Int64[Array, " N"], Float32[Array, "N 2"]]:
-    """The rows (ascending) and their places, as they were written.
+    """The rows (ascending) and their places, as they were written, where they lie in the file.
 
     Raises:
         VlmError: the file is damaged.
     """
     table = open_array(folder / record.file, _PLACE, (record.rows,))
-    return table["row"].copy(), np.stack([table["x"], table["y"]], axis=1)
+    places = table.view(np.float32).reshape(-1, _PLACE.itemsize // 4)
+    return table["row"], places[:, _X : _X + 2]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -258,6 +263,8 @@ class RowMap:
             raise UsageError(f"{snapshot.folder} has no map; make one with vlm index map.")
         live = snapshot.rows
         written_rows, written_places = read_map(snapshot.folder, record)
+        if np.array_equal(written_rows, live):
+            return cls(record=record, rows=live, places=written_places, num_new=0, num_unplaced=0)
         is_live = np.isin(written_rows, live, assume_unique=True)
         rows = written_rows[is_live]
         places = written_places[is_live]
@@ -290,30 +297,45 @@ class RowMap:
 
     def positions_of(self, rows: Int64[Array, " M"]) -> Int64[Array, " K"]:
         """The positions of those of some rows that have a place, in their order."""
-        positions = np.minimum(np.searchsorted(self.rows, rows), max(len(self.rows) - 1, 0))
         if not len(self.rows):
-            return positions[:0]
+            return np.zeros(0, np.int64)
+        positions = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
         return positions[np.equal(self.rows[positions], rows)]
 
     def sample(
-        self, box: Sequence[float] | None, top: int, allowed_rows: Int64[Array, " A"] | None = None
+        self, box: Sequence[float] | None, top: int, allowed_rows: RowSelection | None = None
     ) -> tuple[Int64[Array, " K"], int]:
         """The positions of at most `top` rows of a region, and how many rows it has.
 
-        box: left, bottom, right, top; None is the whole map. allowed_rows: only these count, ascending.
+        Those that come first in an order of all rows that is random but always the same.
+
+        box: left, bottom, right, top; None is the whole map. allowed_rows: only these count.
         """
-        is_inside: np.ndarray = np.ones(len(self.rows), bool)
+        allowed = None if allowed_rows is None else row_set(allowed_rows)
+        num_inside = 0
+        positions = np.zeros(0, np.int64)
+        ranks = np.zeros(0, np.uint64)
+        for first in range(0, len(self.rows), _ROWS_AT_ONCE):
+            block = slice(first, first + _ROWS_AT_ONCE)
+            inside = first + np.flatnonzero(self._is_inside(block, box, allowed))
+            num_inside += len(inside)
+            positions = np.concatenate([positions, inside])
+            # by row and not by position, which changes when a row before it is deleted; Fibonacci hashing mixes
+            # neighbours, and no two rows have the same product
+            ranks = np.concatenate([ranks, self.rows[inside].astype(np.uint64) * _GOLDEN])
+            if len(ranks) > top:
+                best = np.argpartition(ranks, top)[:top]
+                positions = positions[best]
+                ranks = ranks[best]
+        return positions[np.argsort(ranks)], num_inside
+
+    def _is_inside(self, block: slice, box: Sequence[float] | None, allowed: BitMap | None) -> Bool[Array, " N"]:
+        """Which of some neighbouring positions a sample may have."""
+        rows = self.rows[block]
+        is_inside = np.ones(len(rows), bool) if allowed is None else contained(rows, allowed)
         if box is not None:
             low = np.array(box[:2], np.float32)
             high = np.array(box[2:], np.float32)
-            is_inside = np.all((self.places >= low) & (self.places <= high), axis=1)
-        if allowed_rows is not None:
-            is_inside &= np.isin(self.rows, allowed_rows, assume_unique=True)
-        in_order = self._order[is_inside[self._order]]
-        return in_order[:top], int(is_inside.sum())
-
-    @cached_property
-    def _order(self) -> Int64[Array, " N"]:
-        """All positions, in an order that is random but always the same."""
-        # by row and not by position, which changes when a row before it is deleted; Fibonacci hashing mixes neighbours
-        return np.argsort(self.rows.astype(np.uint64) * _GOLDEN, kind="stable")
+            places = self.places[block]
+            is_inside &= np.all((places >= low) & (places <= high), axis=1)
+        return is_inside

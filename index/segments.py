@@ -15,7 +15,7 @@ The search plan, which never returns fewer results than there are:
 - A query for which FAISS finds too few rows is answered by comparing all of them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import ceil, sqrt
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
+from pyroaring import BitMap
 
 from vlm.console import progress
 from vlm.errors import VlmError
@@ -44,13 +45,17 @@ from vlm.index.ann.gpu import MAX_GPU_RESULTS, gpu_unsupported_reason
 from vlm.index.ann.index_types import INDEX_TYPES, IndexType, TuningParams, fill_index
 from vlm.index.embeddings_folder import Embeddings, find_non_unit_rows, normalize_rows, open_vectors
 from vlm.index.engine_base import ScoredRows
-from vlm.index.index_files import REBUILD_HINT, FailPoint, Segment, no_failpoint, segment_file
+from vlm.index.index_files import REBUILD_HINT, FailPoint, Segment, no_failpoint, open_array, segment_file
+from vlm.index.row_bitmaps import all_bits, bits_at, pack_bits, row_id_blocks, unpack_bits
 from vlm.manifest import FileRecord, record_file
 from vlm.tensor_types import Array, Bool, Float, Float16, Float32, Int64, UInt8, UInt64
 
 if TYPE_CHECKING:
     import faiss
 
+
+AllowedRows = Int64[Array, " N"] | BitMap
+"""Rows as an ascending array, or as a set, which takes an eighth of the memory or less."""
 
 _ROWS_AT_ONCE = 65_536
 # values of a row that are compared first; of other rows than copies, few agree in all of them
@@ -119,30 +124,6 @@ def _units(stored: Float16[Array, "N D"], positions: Int64[Array, " M"] | None =
         block = slice(first, first + _CONVERTED_AT_ONCE)
         units[block] = normalize_rows(to_float32(stored[block if positions is None else positions[block]]))
     return units
-
-
-def open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """An array of a .npy file, memory-mapped.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        VlmError: it cannot be read, or has another type or shape.
-    """
-    # the system refuses to map zero bytes
-    mode = "r" if np.prod(shape) else None
-    try:
-        array = np.load(path, mmap_mode=mode, allow_pickle=False)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, EOFError) as error:
-        raise VlmError(f"{path} is damaged ({error}); {REBUILD_HINT}.") from error
-    if array.dtype != dtype or array.shape != shape:
-        raise VlmError(
-            f"{path} is damaged: it holds {array.dtype} of shape {array.shape}, {dtype} of {shape} were written; "
-            f"{REBUILD_HINT}."
-        )
-    # as a plain array: each operation on np.memmap runs Python code, which costs microseconds
-    return np.asarray(array)
 
 
 def iter_stored_blocks(source: Embeddings) -> Iterator[Float[Array, "_ D"]]:
@@ -369,6 +350,8 @@ _EXACT_SHARE = 0.02
 # more results than this need more effort for the same recall
 _DEEP_RESULTS = 100
 _SCAN_ROWS = 16_384
+# a multiple of 8
+_BITS_AT_ONCE = 98_304
 _MAX_QUERIES = 1024
 _NO_ROW = -1
 # factor by which a search goes deeper where it cuts off rows of equal score
@@ -377,47 +360,61 @@ _DEEPER = 4
 
 @dataclass(frozen=True, eq=False)
 class SegmentView:
-    """A segment and the positions in it that a search may return; `mask` None: all of them."""
+    """A segment and the positions in it that a search may return: a bit each, as FAISS reads them; None: all."""
 
     segment: SegmentReader
-    mask: Bool[Array, " N"] | None = None
+    bits: UInt8[Array, " _"] | None = None
 
     @cached_property
     def count(self) -> int:
         """Number of rows that may be returned."""
-        return len(self.segment) if self.mask is None else int(np.count_nonzero(self.mask))
+        return len(self.segment) if self.bits is None else int(np.bitwise_count(self.bits).sum())
 
-    @cached_property
-    def positions(self) -> Int64[Array, " M"]:
-        """Positions that may be returned, ascending."""
-        return np.arange(len(self.segment)) if self.mask is None else np.flatnonzero(self.mask)
+    def allows(self, positions: Int64[Array, " N"]) -> Bool[Array, " N"]:
+        """Which of these positions may be returned."""
+        return np.ones(len(positions), bool) if self.bits is None else bits_at(self.bits, positions)
 
-    @cached_property
-    def bitmap(self) -> UInt8[Array, " _"]:
-        """The mask, one bit per position, as FAISS reads it."""
-        assert self.mask is not None
-        return np.packbits(self.mask, bitorder="little")
+    def position_blocks(self, positions_at_once: int) -> Iterator[Int64[Array, " _"]]:
+        """Positions that may be returned, ascending, in blocks of one size; the last may be shorter."""
+        # eight bytes for each of many rows, which would stay in the heap
+        pending = np.zeros(0, np.int64)
+        for first in range(0, len(self.segment), _BITS_AT_ONCE):
+            last = min(first + _BITS_AT_ONCE, len(self.segment))
+            if self.bits is None:
+                found = np.arange(first, last)
+            else:
+                found = first + np.flatnonzero(unpack_bits(self.bits, first, last))
+            pending = np.concatenate([pending, found])
+            while len(pending) >= positions_at_once:
+                yield pending[:positions_at_once]
+                pending = pending[positions_at_once:]
+        if len(pending):
+            yield pending
 
     def rows(self) -> Int64[Array, " M"]:
         """The catalogue's rows that may be returned, ascending."""
-        return self.segment.rows[self.positions] if self.mask is not None else np.asarray(self.segment.rows)
+        rows = self.segment.rows
+        return rows if self.bits is None else rows[unpack_bits(self.bits, 0, len(rows))]
+
+    def those_of(self, rows: Int64[Array, " N"]) -> Int64[Array, " M"]:
+        """Those of the sorted rows that may be returned."""
+        positions = self.segment.positions_of(rows)
+        return self.segment.rows[positions[self.allows(positions)]]
 
     def excluding(self, rows: Int64[Array, " M"]) -> "SegmentView":
         """This view without the given rows, which are sorted."""
         excluded = self.segment.positions_of(rows)
         if not len(excluded):
             return self
-        mask = np.ones(len(self.segment), bool) if self.mask is None else self.mask.copy()
-        mask[excluded] = False
-        return replace(self, mask=mask)
+        bits = all_bits(len(self.segment)) if self.bits is None else self.bits
+        return replace(self, bits=bits & ~pack_bits((excluded,), len(self.segment)))
 
-    def restricted_to(self, rows: Int64[Array, " M"]) -> "SegmentView":
-        """The given rows of this view; they are sorted."""
-        allowed = self.segment.positions_of(rows)
-        mask = np.zeros(len(self.segment), bool)
+    def restricted_to(self, rows: AllowedRows) -> "SegmentView":
+        """The given rows of this view; an array of them is sorted."""
+        blocks = row_id_blocks(rows) if isinstance(rows, BitMap) else (rows,)
+        bits = pack_bits(map(self.segment.positions_of, blocks), len(self.segment))
         # a row that was deleted stays excluded, whatever the filter says
-        mask[allowed] = True if self.mask is None else self.mask[allowed]
-        return replace(self, mask=mask)
+        return replace(self, bits=bits if self.bits is None else bits & self.bits)
 
     def search(self, queries: Float32[Array, "Q D"], top: int) -> ScoredRows:
         """The nearest rows by FAISS, reranked where its scores are not exact, or by a scan (see the module)."""
@@ -460,7 +457,7 @@ class SegmentView:
         else:
             scores, positions = self._search_faiss(queries, top, depth)
         if segment.duplicates is not None:
-            scores, positions = segment.duplicates.complete(scores, positions, self.mask)
+            scores, positions = segment.duplicates.complete(scores, positions, self.allows)
         rows = segment.rows_at(positions)
 
         # FAISS fills up with -1, so the last result tells whether it found enough
@@ -481,8 +478,7 @@ class SegmentView:
     def scan(self, queries: Float32[Array, "Q D"], top: int) -> ScoredRows:
         """The nearest rows by comparing all of this view with the queries."""
         best = _empty_result(queries)
-        for first in range(0, self.count, _SCAN_ROWS):
-            positions = self.positions[first : first + _SCAN_ROWS]
+        for positions in self.position_blocks(_SCAN_ROWS):
             # block by block, so that the scores of all queries and rows never exist at once
             scores = queries @ self.segment.vectors.take(positions).T
             rows = np.broadcast_to(self.segment.rows[positions], scores.shape)
@@ -490,19 +486,19 @@ class SegmentView:
         if self.segment.duplicates is None:
             return best
         positions = self.segment.positions_of_rows(best[1])
-        scores, positions = self.segment.duplicates.complete(best[0], positions, self.mask)
+        scores, positions = self.segment.duplicates.complete(best[0], positions, self.allows)
         return scores, self.segment.rows_at(positions)
 
     def _search_faiss(self, queries: Float32[Array, "Q D"], top: int, depth: float) -> ScoredRows:
         """Scores and positions. depth: factor on the segment's own effort; a GPU keeps its own."""
         segment = self.segment
-        if self.mask is None:
+        if self.bits is None:
             if segment.on_gpu is not None and top <= MAX_GPU_RESULTS:
                 return segment.on_gpu.search(queries, top)
             if depth == 1 or not segment.is_approximate:
                 return segment.faiss_search(queries, top)
         # excluded rows are skipped, so more lists or nodes are read for as many comparisons
-        selector = None if self.mask is None else load_faiss().IDSelectorBitmap(self.bitmap)
+        selector = None if self.bits is None else load_faiss().IDSelectorBitmap(self.bits)
         # both corrections multiply: fewer rows allowed, and more results wanted
         effort = segment.effort(self.count / len(segment) / depth)
         parameters = search_parameters(segment.index, selector=selector, effort=effort)
@@ -513,11 +509,11 @@ def nearest(
     views: Sequence[SegmentView],
     queries: Float32[Array, "Q D"],
     top: int,
-    allowed_rows: Int64[Array, " N"] | None = None,
+    allowed_rows: AllowedRows | None = None,
     *,
     exact_rows: int = EXACT_ROWS,
 ) -> ScoredRows:
-    """The `top` nearest rows of all views, or of their `allowed_rows` (sorted); ties by row.
+    """The `top` nearest rows of all views, or of their `allowed_rows`; ties by row.
 
     There are fewer columns only if there are fewer rows.
 
@@ -642,6 +638,10 @@ def _repeated(hashes: UInt64[Array, " N"]) -> Int64[Array, " M"]:
     return np.flatnonzero(is_repeated)
 
 
+Allows = Callable[[Int64[Array, " N"]], Bool[Array, " N"]]
+"""Which of some positions may be results."""
+
+
 class DuplicateRows:
     """The groups of equal rows of a segment, as `find_duplicate_rows` gives them."""
 
@@ -659,11 +659,11 @@ class DuplicateRows:
         return np.where(self._positions[places] == positions, self._leaders[places], _NOT_REPEATED)
 
     def complete(
-        self, scores: Float32[Array, "Q K"], positions: Int64[Array, "Q K"], mask: Bool[Array, " N"] | None
+        self, scores: Float32[Array, "Q K"], positions: Int64[Array, "Q K"], allows: Allows
     ) -> tuple[Float32[Array, "Q K"], Int64[Array, "Q K"]]:
         """Results with all equals of those that are there, best first, ties by position, cut to as many as there were.
 
-        positions: -1 where nothing was found. mask: of the rows that may be results.
+        positions: -1 where nothing was found. allows: which positions may be results.
         """
         leaders = self.leaders_of(positions)
         has_duplicates = (leaders >= 0).any(axis=1)
@@ -671,7 +671,7 @@ class DuplicateRows:
             return scores, positions
         scores, positions = scores.copy(), positions.copy()
         for query in np.flatnonzero(has_duplicates).tolist():
-            scores[query], positions[query] = self._complete(scores[query], positions[query], leaders[query], mask)
+            scores[query], positions[query] = self._complete(scores[query], positions[query], leaders[query], allows)
         return scores, positions
 
     def _complete(
@@ -679,7 +679,7 @@ class DuplicateRows:
         scores: Float32[Array, " K"],
         positions: Int64[Array, " K"],
         leaders: Int64[Array, " K"],
-        mask: Bool[Array, " N"] | None,
+        allows: Allows,
     ) -> tuple[Float32[Array, " K"], Int64[Array, " K"]]:
         is_single = leaders < 0
         all_scores = [scores[is_single]]
@@ -690,7 +690,7 @@ class DuplicateRows:
             if leader >= 0:
                 begin, end = np.searchsorted(self._member_leaders, [leader, leader + 1])
                 members = self._members[begin:end]
-                members = (members if mask is None else members[mask[members]])[: len(scores)]
+                members = members[allows(members)][: len(scores)]
                 all_positions.append(members)
                 all_scores.append(np.full(len(members), scores[best]))
         completed = np.concatenate(all_scores)

@@ -351,8 +351,8 @@ def num_segments_to_merge(views: Sequence[SegmentView], new_rows: int) -> int:
 
 def iter_live_blocks(view: SegmentView) -> Iterator[Float[Array, "_ D"]]:
     """The rows of a view in their stored float16."""
-    for first in range(0, view.count, _ROWS_AT_ONCE):
-        yield view.segment.vectors.stored[view.positions[first : first + _ROWS_AT_ONCE]]
+    for positions in view.position_blocks(_ROWS_AT_ONCE):
+        yield view.segment.vectors.stored[positions]
 
 
 _NO_ROWS = np.zeros(0, np.int64)

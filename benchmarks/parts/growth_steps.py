@@ -169,8 +169,8 @@ def _asked(index: Index, questions: Float32[Array, "Q D"], rows: Int64[Array, " 
 def _blocks(index: Index, rows: Int64[Array, " N"] | None) -> Iterator[Float32[Array, "_ D"]]:
     for views in index.snapshot.views:
         chosen = views if rows is None else views.restricted_to(rows)
-        for first in range(0, chosen.count, _ROWS_AT_ONCE):
-            yield chosen.segment.vectors.take(chosen.positions[first : first + _ROWS_AT_ONCE])
+        for positions in chosen.position_blocks(_ROWS_AT_ONCE):
+            yield chosen.segment.vectors.take(positions)
 
 
 def _timed(function: Callable[..., Any], name: str, seconds: dict[str, float]) -> Callable[..., Any]:

@@ -85,10 +85,8 @@ def write_rows(
 def iter_stored_rows(views: Iterable[SegmentView]) -> Iterator[tuple[Int64[Array, " N"], Float[Array, "N D"]]]:
     """The catalogue's rows and the stored float16 vectors, block by block."""
     for view in views:
-        rows = view.rows()
-        for first in range(0, view.count, _ROWS_AT_ONCE):
-            block = slice(first, first + _ROWS_AT_ONCE)
-            yield rows[block], view.segment.vectors.stored[view.positions[block]]
+        for positions in view.position_blocks(_ROWS_AT_ONCE):
+            yield view.segment.rows[positions], view.segment.vectors.stored[positions]
 
 
 def to_precision(stored: Float[Array, "N D"], precision: Precision) -> Float[Array, "N D"]:

@@ -140,7 +140,7 @@ def test_groups_of_equal_rows_are_those_of_all_pairs(codes: list[int], results: 
     scores = np.array([[float(first[keys[place]]) for place in found[0]]], np.float32)
     order = np.argsort(-scores, axis=1, kind="stable")
     scores, found = np.take_along_axis(scores, order, 1), np.take_along_axis(found, order, 1)
-    _, completed = duplicates.complete(scores, found, mask)
+    _, completed = duplicates.complete(scores, found, mask.__getitem__)
     groups = {keys[place] for place in found[0]}
     equals = [place for place in np.flatnonzero(mask).tolist() if keys[place] in groups]
     equals.sort(key=lambda place: (-first[keys[place]], place))

@@ -79,7 +79,7 @@ def state(folder: Path) -> dict[str, tuple[str, str, dict[str, Any], list[float]
     """Of each uid its caption, its shard, its metadata and its vector."""
     index, found = Index.open(folder), {}
     for view in index.snapshot.views:
-        vectors = view.segment.vectors.take(view.positions)
+        vectors = view.segment.vectors.take(view.segment.positions_of(view.rows()))
         for entry, vector in zip(index.catalogue.entries(view.rows().tolist()), vectors, strict=True):
             found[entry.uid] = entry.captions[""][0], entry.shard, entry.metadata, vector.tolist()
     index.close()

@@ -23,8 +23,8 @@ from vlm.data.decode import open_image
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.index.catalog import Entry
 from vlm.index.embeddings_folder import UNKNOWN
-from vlm.index.engine_base import row_numbers
 from vlm.index.facets import FieldSummary, ValueCount
+from vlm.index.filter_language import parse_filter
 from vlm.index.metadata import metadata_fields
 from vlm.index.reader import IndexSnapshot
 from vlm.index.row_map import RowMap
@@ -217,7 +217,7 @@ class ServedIndex:
         """
         snapshot = self.service.index.snapshot
         # an answer must not depend on whether a deleted row is still in the file
-        known = set(np.intersect1d(snapshot.rows, [row for row in rows if 0 <= row < snapshot.details.next_row]))
+        known = set(snapshot.live(np.array([row for row in rows if 0 <= row < snapshot.details.next_row], np.int64)))
         for row in rows:
             if row not in known:
                 raise UnknownItem(f"Index {self.name} has no row {row:,}; use an id from /knn-service.")
@@ -310,7 +310,8 @@ class ServedIndex:
         if not len(index):
             return 0.0
         if index.details.space.fingerprint == UNKNOWN:
-            query = Query(items=(index.catalogue.entries([int(index.snapshot.rows[0])])[0].uid,), top=1)
+            any_vector = (1.0, *(0.0 for _ in range(index.details.space.dimension - 1)))
+            query = Query(vectors=(any_vector,), top=1)
         else:
             # past the cache of embeddings, which would answer without the model
             vector = embed_query_texts(self.service.model, [_READY_TEXT])[0]
@@ -489,8 +490,8 @@ class MapReader:
             # refused before the rows are read
             counts = self.index.facets([request.colour], where=request.where, top=LEGEND_SIZE)
             legend = counts[request.colour]
-        matching = rows_matching(snapshot, request.where)
-        allowed_rows = None if matching is None else row_numbers(matching)
+        # Milvus has no map
+        allowed_rows = snapshot.catalogue.select(parse_filter(request.where)) if request.where else None
         positions, num_inside = row_map.sample(request.box, request.top, allowed_rows)
         entries = snapshot.catalogue.entries(row_map.rows[positions].tolist())
         places = _rounded(row_map.places[positions])
