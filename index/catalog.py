@@ -590,9 +590,7 @@ class Catalogue(EngineCatalogue):
     def metadata_fields(self, rows: Sequence[int]) -> dict[int, set[tuple[str, int | float | str]]]:
         """The metadata fields and values of each given row; reads the whole table of metadata."""
         fields: dict[int, set[tuple[str, int | float | str]]] = {row: set() for row in rows}
-        sql = (
-            "SELECT row, name, value FROM facts JOIN fields ON id = field WHERE row IN (SELECT value FROM json_each(?))"
-        )
+        sql = "SELECT row, name, value FROM facts, fields WHERE id = field AND row IN (SELECT value FROM json_each(?))"
         with self._reading() as database:
             for row, name, value in database.execute(sql, (json.dumps(list(rows)),)):
                 fields[row].add((name, value))
