@@ -39,6 +39,7 @@ from vlm.index.ann.faiss_search import (
     rerank,
     search_parameters,
     set_search_effort,
+    stored_to_float32,
     to_float32,
 )
 from vlm.index.ann.gpu import MAX_GPU_RESULTS, gpu_unsupported_reason
@@ -111,7 +112,7 @@ def _read_rows(file: BinaryIO, shape: tuple[int, int], *, is_rounded: bool) -> F
     rows = np.empty(shape, np.float32)
     for first in range(0, len(rows), _CONVERTED_AT_ONCE):
         block = rows[first : first + _CONVERTED_AT_ONCE]
-        stored = to_float32(np.fromfile(file, np.float16, block.size).reshape(block.shape))
+        stored = stored_to_float32(np.fromfile(file, np.float16, block.size).reshape(block.shape))
         block[:] = stored if is_rounded else normalize_rows(stored)
     return rows
 
@@ -122,7 +123,7 @@ def _units(stored: Float16[Array, "N D"], positions: Int64[Array, " M"] | None =
     units = np.empty((count, stored.shape[1]), np.float32)
     for first in range(0, count, _CONVERTED_AT_ONCE):
         block = slice(first, first + _CONVERTED_AT_ONCE)
-        units[block] = normalize_rows(to_float32(stored[block if positions is None else positions[block]]))
+        units[block] = normalize_rows(stored_to_float32(stored[block if positions is None else positions[block]]))
     return units
 
 

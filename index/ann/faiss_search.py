@@ -102,6 +102,28 @@ def to_float32(rows: Float[Array, "*shape"]) -> Float32[Array, "*shape"]:
     return torch.from_numpy(rows if rows.flags.writeable else rows.copy()).float().numpy()
 
 
+_SIGN_EXPONENT_FRACTION = np.int32(-0x70002000)  # where float32 has the bits that float16 has
+_EXPONENT_BIAS = np.float32(2.0**112)  # by which their exponents differ
+# fewer numbers are converted as soon by numpy's one call
+_MIN_CONVERTED = 4096
+
+
+def stored_to_float32(rows: Float[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """As `to_float32`, for finite numbers, which stored rows are: without torch in a fifth of the time.
+
+    numpy converts number by number. Here the bits of all are moved to where float32 has them, the sign by the copies of
+    it that int32 has, and a product, which is exact, mends the exponents.
+    """
+    if "torch" in sys.modules or rows.dtype != np.float16 or rows.size < _MIN_CONVERTED:
+        return to_float32(rows)
+    bits = rows.view(np.int16).astype(np.int32)
+    bits <<= 13
+    bits &= _SIGN_EXPONENT_FRACTION
+    values = bits.view(np.float32)
+    values *= _EXPONENT_BIAS
+    return values
+
+
 ScoredPositions = tuple[Float32[Array, "Q K"], Int64[Array, "Q K"]]
 """Scores, best first, and positions; -1 where nothing was found."""
 
@@ -300,7 +322,7 @@ def _take_rows(
 ) -> Float32[Array, "*shape D"]:
     # with mode="wrap" some row is read for position -1, whose score is overwritten
     near = rows.take(positions, axis=0, mode="wrap")
-    return to_float32(near.view(np.float16) if near.dtype == np.uint8 else near)
+    return stored_to_float32(near.view(np.float16) if near.dtype == np.uint8 else near)
 
 
 def _rerank_one(

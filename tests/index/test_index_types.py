@@ -17,6 +17,7 @@ from vlm.index.ann.faiss_search import (
     num_candidates,
     rerank,
     search_parameters,
+    stored_to_float32,
     unwrap_transforms,
 )
 from vlm.index.ann.index_types import INDEX_TYPES, TuningParams, fill_index, resolve_index_type
@@ -204,6 +205,17 @@ def test_an_index_that_is_mapped_finds_what_it_finds_in_memory(kind: str, vector
     (tmp_path / "i.faiss").unlink()
     for found, expected in zip(mapped.search(vectors[:20], 5), index.search(vectors[:20], 5), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_stored_rows_are_the_same_numbers_as_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch, if it is loaded, has an instruction for it
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    every = np.arange(65_536, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)]
+    converted = stored_to_float32(finite)
+    # bits, because 0 equals -0
+    np.testing.assert_array_equal(converted.view(np.uint32), finite.astype(np.float32).view(np.uint32))
+    np.testing.assert_array_equal(stored_to_float32(finite[:9]), finite[:9].astype(np.float32))
 
 
 def test_a_search_of_a_mapped_graph_copies_the_rows_that_it_found_alone(vectors: np.ndarray, tmp_path: Path) -> None:
