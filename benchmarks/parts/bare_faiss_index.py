@@ -33,7 +33,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     rerank = numbers.get("rerank", 0)
     key = _KEYS[request["kind"]].format(**numbers, subvectors=rows.shape[1] // 2) + (",RFlat" if rerank else "")
     began = time.process_time()
-    index = faiss.index_factory(rows.shape[1], key, faiss.METRIC_INNER_PRODUCT)
+    # as our index type compares: product codes by distance, all others by inner product
+    is_by_distance = request["kind"] == "ivfpq"
+    index = faiss.index_factory(rows.shape[1], key, faiss.METRIC_L2 if is_by_distance else faiss.METRIC_INNER_PRODUCT)
+    if is_by_distance:
+        faiss.extract_index_ivf(index).cp.spherical = True
     if request["kind"] == "ivfsq":
         _encode_uniformly(index)
     if request["kind"] == "hnsw":
