@@ -1,17 +1,18 @@
 #!/usr/bin/env python
 """Minutes until open_clip's quality is reached: its trainer to the end, ours in runs of ever more epochs beside it.
 
-    benchmarks/run time_to_quality [--data fashion flickr8k] [--epochs 1 2 3 4] [--json]
+    benchmarks/run time_to_quality [--data fashion flickr8k] [--epochs 2 3 4] [--precision bf16] [--json]
 
-Whole commands, start and end included, on the same shards; both are evaluated by the same code on val. Each of our runs
-is one that a user would make, with a warm-up and a decay of its own length; the last is the preset as it is. Results
-are kept with those of the quality benchmark (--keep FOLDER). To try it: --shards 1 --epochs 1 --their-epochs 1.
+Whole commands, start and end included, on the same shards; both are evaluated by the same code on val. Each side trains
+the network of its choice (ours: OWN_CHOICE in parts/quality_settings.py); the same network on both sides is compared by
+benchmarks/run quality. Each of our runs is one that a user would make, with a warm-up and a decay of its own length;
+the last may take as long as open_clip's. Results are kept with those of the quality benchmark (--keep FOLDER).
+To try it: --shards 1 --epochs 1 --full-epochs 1 --their-epochs 1.
 """
 
 import shlex
 import sys
 from dataclasses import asdict, dataclass
-from math import ceil
 from pathlib import Path
 from typing import Literal
 
@@ -20,18 +21,15 @@ import tyro
 from vlm.cli.main import print_error
 from vlm.console import percent, show_json, show_table
 from vlm.errors import UsageError, VlmError
-from vlm.train.presets import open_preset
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parts.open_clip_environment import open_clip_python
 from parts.quality_data import DataSet, prepare, write_network
-from parts.quality_plan import recipe_run
+from parts.quality_plan import configuration, recipe_run
 from parts.quality_runs import Bench, Run
-from parts.quality_settings import BATCH_SIZE
+from parts.quality_settings import BATCH_SIZE, OWN_CHOICE
 
 THEIR_EPOCHS = {"fashion": 16, "flickr8k": 12}
-# of a run too short for the preset's own warm-up and average
-SHORT_RUN = ("--warmup-steps", "{warmup}", "--ema-decay", "0")
 METRIC = "text_to_image_recall@10"
 
 
@@ -42,8 +40,14 @@ class Arguments:
     data: tuple[Literal["fashion", "flickr8k"], ...] = ("fashion", "flickr8k")
     """Data sets."""
 
-    epochs: tuple[int, ...] = (1, 2, 3, 4)
-    """Lengths of our runs; the preset's own length comes last by itself."""
+    epochs: tuple[int, ...] = (2, 3, 4)
+    """Lengths of our short runs."""
+
+    full_epochs: int = -1
+    """Length of our last run; -1: what open_clip's time allows; 0: no such run."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of our forward pass (open_clip's is fp32); a CPU without bfloat16 instructions is slower with bf16."""
 
     their_epochs: int = 0
     """Length of open_clip's run; 0: 16 epochs on fashion, 12 on Flickr8k."""
@@ -84,8 +88,9 @@ class Row:
 
 def run(arguments: Arguments) -> None:
     """Make the missing runs, theirs first, then print all."""
-    if min(arguments.epochs, default=0) < 1 or arguments.their_epochs < 0:
-        raise UsageError(f"--epochs {arguments.epochs}, --their-epochs {arguments.their_epochs}: give at least 1.")
+    if min(arguments.epochs, default=1) < 1 or arguments.their_epochs < 0 or arguments.full_epochs < -1:
+        lengths = f"--epochs {arguments.epochs}, --their-epochs {arguments.their_epochs}"
+        raise UsageError(f"{lengths}, --full-epochs {arguments.full_epochs}: give at least 1.")
     keep = arguments.keep.expanduser().absolute()
     python = open_clip_python(arguments.cache.expanduser() / "bench-open-clip")
     bench = Bench(folder=keep, open_clip=python, models=keep / "models")
@@ -111,10 +116,7 @@ def run(arguments: Arguments) -> None:
 def _rows(bench: Bench, data: DataSet, arguments: Arguments) -> list[Row]:
     their_epochs = arguments.their_epochs or THEIR_EPOCHS[data.name]
     theirs = recipe_run(data, "open_clip", seed=arguments.seed, epochs=their_epochs, batch_size=BATCH_SIZE)
-    whole = ceil(open_preset(data.name).epochs)
-    runs = [theirs]
-    runs += [_our_run(data, "ours", epochs, SHORT_RUN, arguments.seed) for epochs in arguments.epochs]
-    runs.append(_our_run(data, "ours, the preset", whole, (), arguments.seed))
+    runs = [theirs, *_our_runs(data, arguments)]
     results = [bench.result(each) for each in runs]
     target = results[0]
     rows: list[Row] = []
@@ -135,8 +137,27 @@ def _rows(bench: Bench, data: DataSet, arguments: Arguments) -> list[Row]:
     return rows
 
 
-def _our_run(data: DataSet, name: str, epochs: int, words: tuple[str, ...], seed: int) -> Run:
-    return Run(data=data, trainer="ours", name=name, seed=seed, words=words, epochs=epochs, batch_size=BATCH_SIZE)
+def _our_runs(data: DataSet, arguments: Arguments) -> list[Run]:
+    choice = OWN_CHOICE[data.name]
+    words = ("--precision", arguments.precision, *choice.words)
+    full_epochs = choice.full_epochs if arguments.full_epochs < 0 else arguments.full_epochs
+    lengths = [("ours", epochs, choice.short_words) for epochs in arguments.epochs]
+    lengths += [("ours, at its full time", full_epochs, choice.full_words)] if full_epochs else []
+    runs: list[Run] = []
+    for name, epochs, added in lengths:
+        run = Run(
+            data=data,
+            trainer="ours",
+            name=name,
+            seed=arguments.seed,
+            words=(*words, *added),
+            epochs=epochs,
+            batch_size=BATCH_SIZE,
+            preset=choice.preset,
+        )
+        configuration(run)
+        runs.append(run)
+    return runs
 
 
 if __name__ == "__main__":

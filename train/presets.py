@@ -95,6 +95,24 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             epochs=12.0,
         ),
     ),
+    "flickr8k-words": (
+        "the same photos read by a bag of words, in three minutes on two CPU cores: higher recall, but open_clip does "
+        "not load it",
+        TrainConfig(
+            model=ModelConfig(
+                # 128 px in patches of 8 cost what 64 px in patches of 4 do, and show more; 3×3 kernels a third less
+                architecture="timm:test_convnext3,overrides={'kernel_sizes':(3,3,3,3),'patch_size':8}+bag@192",
+                image_size=128,
+                channels_last=True,
+            ),
+            loader=LoaderConfig(crop_scale=(0.6, 1.0), flip=0.5),
+            # all five captions of a photo in each step: a bag of words reads them for almost nothing
+            objective=ObjectiveConfig(objective="sub_captions", sub_captions=5, same_pairs="positive"),
+            optimizer=_MUON,
+            batch_size=256,
+            epochs=20.0,
+        ),
+    ),
     "emoji": (
         "names of 7,000 emoji drawings in twelve languages, on two CPU cores",
         TrainConfig(

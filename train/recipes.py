@@ -331,6 +331,12 @@ RECIPES: dict[str, Recipe] = {
             options="--data 'flickr8k/train-*.tar' --val 'flickr8k/val-*.tar' --tokenizer words.model",
         ),
         _own_recipe(
+            "flickr8k-words",
+            data="Flickr8k: 6,000 photos with five captions each, 1,000 held out",
+            prepare=("vlm tokenizer train 'flickr8k/train-*.tar' words.model --vocabulary 4096 --languages en",),
+            options="--data 'flickr8k/train-*.tar' --val 'flickr8k/val-*.tar' --tokenizer words.model",
+        ),
+        _own_recipe(
             "emoji",
             data="8,038 emoji drawings of three vendors, names in twelve languages, 1,000 held out",
             prepare=(

@@ -36,7 +36,7 @@ _ENVIRONMENT = {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
 class Run:
     """A run to be made. name: of its row in the tables. words: options of the recipe, with placeholders.
 
-    epochs: each rounded up to a whole batch, as open_clip counts them.
+    epochs: each rounded up to a whole batch, as open_clip counts them. preset: of ours, if not the data set's own.
     """
 
     data: DataSet
@@ -46,6 +46,12 @@ class Run:
     words: tuple[str, ...]
     epochs: int
     batch_size: int
+    preset: str = ""
+
+    @property
+    def our_preset(self) -> str:
+        """The preset that ours begins with."""
+        return self.preset or self.data.name
 
     @property
     def steps(self) -> int:
@@ -55,7 +61,7 @@ class Run:
     @property
     def identity(self) -> str:
         """What its results depend on: another recipe, preset or length is another run."""
-        preset = json.dumps(_settings(self.data.name) if self.trainer == "ours" else their_network())
+        preset = json.dumps(_settings(self.our_preset) if self.trainer == "ours" else their_network())
         numbers = (self.data.num_train, self.seed, self.epochs, self.batch_size)
         return compute_fingerprint(self.data.name, self.trainer, preset, *map(str, numbers), *self.words)
 
@@ -166,7 +172,7 @@ class Bench:
 def our_words(run: Run, folder: Path) -> list[str]:
     """The command line of `vlm train`; later options override earlier ones."""
     return [
-        *(run.data.name, "--data", run.data.train, "--run", str(folder), "--tokenizer", str(run.data.tokenizer)),
+        *(run.our_preset, "--data", run.data.train, "--run", str(folder), "--tokenizer", str(run.data.tokenizer)),
         *("--seed", str(run.seed), "--batch-size", str(run.batch_size), "--steps", str(run.steps), "--json"),
         *("--checkpoint-minutes", "2"),
         *run.filled(),
