@@ -221,7 +221,7 @@ ENTRIES = (
     Entry(
         name="embedding",
         stage="bulk embedding",
-        peers="clip-retrieval 2.45.0; the bare model",
+        peers="clip-retrieval 2.45.0; the bare model; its ONNX export, which vlm embed runs, made beforehand",
         arguments="--pairs 1500 --repeats 2 --bare-seconds 4",
         tiny="--pairs 96 --tars 3 --width 64 --layers 1 --batch-size 16 --repeats 1 --bare-seconds 0.5",
         minutes=6,
