@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from vlm.client import AsyncClient as AsyncClient
     from vlm.client import Client as Client
     from vlm.server import serve as serve
+    from vlm.service.results_page import write_results_page as write_results_page
 
 DISTRIBUTION = "vlm-pipeline"
 __version__ = "0.1.0"
@@ -102,6 +103,7 @@ __all__ = [
     "train_tokenizer",
     "upgrade_index",
     "watch",
+    "write_results_page",
 ]
 
 # Each name with its module. A new one is also imported above under TYPE_CHECKING (`from M import NAME as NAME`) and
@@ -149,6 +151,7 @@ _MODULES: dict[str, str] = {
     "train_tokenizer": "vlm.api.data",
     "upgrade_index": "vlm.api.index_building",
     "watch": "vlm.api.find",
+    "write_results_page": "vlm.service.results_page",
 }
 
 # hidden from type checkers, which would otherwise take any misspelt name for a name of ours

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import vlm
 from tests.index.embed_fixture import embed_shards
 from vlm.index.build import build_index
 from vlm.service.results_page import results_page, write_results_page
@@ -117,6 +118,17 @@ def test_the_page_is_written_whole(tmp_path: Path, service: SearchService) -> No
     write_results_page(path, [service.search(Query(texts=("red",)))], title="A", info=service.index.info())
     assert path.read_text().endswith("</html>\n")
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_program_writes_the_page_of_what_it_found(tmp_path: Path, service: SearchService) -> None:
+    result = service.search(Query(texts=("red",)))
+    vlm.write_results_page(str(tmp_path / "one.html"), result)
+    html = (tmp_path / "one.html").read_text()
+    assert "<title>Search results</title>" in html
+    assert html.count("<img") == len(result.hits)
+    # no index was named, so none is told
+    assert "embeddings ·" not in html
+    assert "Index <code>" not in html
 
 
 def test_what_narrows_the_answers_and_how_many_are_alike_is_said(service: SearchService) -> None:

@@ -193,9 +193,7 @@ class Search:
             from vlm.pages import Provenance
             from vlm.service.results_page import write_results_page
 
-            write_results_page(
-                self.html, [result], title="Search results", info=index.info(), provenance=Provenance.current()
-            )
+            write_results_page(self.html, result, info=index.info(), provenance=Provenance.current())
             logger.info(f"Page: {self.html}")
         if self.json:
             show_json(result.to_json())
@@ -462,9 +460,7 @@ def _open_results_page(images: "ImageFolder", result: "SearchResult") -> None:
 
     page = images.home / "results.html"
     info = Index.open(images.index_folder).info()
-    write_results_page(
-        page, [result], title=f"Results in {images.root.name}", info=info, provenance=Provenance.current()
-    )
+    write_results_page(page, result, title=f"Results in {images.root.name}", info=info, provenance=Provenance.current())
     logger.info(f"Page: {page}")
     if not webbrowser.open(page.as_uri()):
         logger.warning("No browser could be opened; open the page yourself.")

@@ -1,4 +1,4 @@
-"""`vlm search --html`: search results as a page of thumbnails, scores and captions."""
+"""`vlm search --html`, `vlm.write_results_page`: search results as a page of thumbnails, scores and captions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,15 +19,26 @@ _QUERY_PIXELS = 160
 
 
 def write_results_page(
-    path: Path, results: Sequence[SearchResult], *, title: str, info: IndexInfo, provenance: Provenance | None = None
+    path: str | Path,
+    results: SearchResult | Sequence[SearchResult],
+    *,
+    title: str = "Search results",
+    info: IndexInfo | None = None,
+    provenance: Provenance | None = None,
 ) -> None:
-    """Write `results_page` to a file, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, results_page(results, title=title, info=info, provenance=provenance))
+    """Write results as one page of thumbnails, scores and captions, whole or not at all; its folder is made.
+
+    results: of `SearchIndex.search`, `search_many` or `vlm.find`. info: the index as the page names it,
+    `SearchIndex.info()`. provenance: what made the page, for its footer.
+    """
+    results = [results] if isinstance(results, SearchResult) else results
+    page = results_page(results, title=title, info=info, provenance=provenance)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(Path(path), page)
 
 
 def results_page(
-    results: Sequence[SearchResult], *, title: str, info: IndexInfo, provenance: Provenance | None = None
+    results: Sequence[SearchResult], *, title: str, info: IndexInfo | None, provenance: Provenance | None = None
 ) -> str:
     """One page with a section for each query; images are read from their shards by byte range.
 
