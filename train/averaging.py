@@ -518,13 +518,18 @@ def parse_metric(name: str) -> tuple[str, ...]:
     Raises:
         UsageError: there is no such metric; the nearest is named.
     """
+    return lookup(recall_metrics(), name, "metric")
+
+
+def recall_metrics() -> dict[str, tuple[str, ...]]:
+    """The recalls of each metric."""
     table: dict[str, tuple[str, ...]] = {}
     for k in RECALL_AT:
         both = (f"text_to_image_recall@{k}", f"image_to_text_recall@{k}")
         table[f"recall@{k}"] = both
         for recall in both:
             table[recall] = (recall,)
-    return lookup(table, name, "metric")
+    return table
 
 
 def retrieval_measure(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm.config import from_toml
+from vlm.config import from_toml, lookup
 from vlm.console import without_progress
 from vlm.data.samples import select_languages
 from vlm.errors import BadSample, UsageError
@@ -23,7 +23,7 @@ from vlm.manifest import MANIFEST
 from vlm.models.load import load_model
 from vlm.models.model import VisionLanguageModel
 from vlm.tensor_types import Array, Float, Float32, Int64
-from vlm.train.averaging import parse_metric
+from vlm.train.averaging import parse_metric, recall_metrics
 from vlm.train.feature_cache import evaluated_paths, keep_evaluated_features
 from vlm.train.history import CONFIG, format_metric, read_run
 from vlm.train.run import train
@@ -56,8 +56,7 @@ def check_metric(metric: str) -> None:
     Raises:
         UsageError: there is none; the nearest is named.
     """
-    if metric != LOSS:
-        parse_metric(metric)
+    lookup({LOSS: (LOSS,)} | recall_metrics(), metric, "metric")
 
 
 def error_of(metric: str, score: float) -> float:

@@ -20,7 +20,7 @@ import numpy as np
 
 from vlm.data.corpus import MIXTURE_SUFFIX, Source, read_sources
 from vlm.data.shards import expand_shards
-from vlm.errors import UsageError
+from vlm.errors import UsageError, VlmError
 from vlm.files import compute_fingerprint, write_text
 from vlm.results import Result
 from vlm.tensor_types import Array, Float
@@ -104,6 +104,11 @@ class MixtureReport(Result):
     recommended: tuple[Probe, ...]
     equal: tuple[Probe, ...]
 
+    @property
+    def is_equal(self) -> bool:
+        """Whether the recommended weights are the equal ones, to the decimals that weights have."""
+        return _is_equal(self.fit)
+
     def verdict(self) -> str:
         """How good the fit is, and what the check gave, in sentences."""
         fit = self.fit
@@ -116,6 +121,9 @@ class MixtureReport(Result):
         judged += self._beyond_probes()
         if not self.recommended:
             return judged
+        if self.is_equal:
+            told = ", ".join(format_score(self.metric, probe.score) for probe in self.equal)
+            return f"{judged}\nThe recommended weights are the equal ones, one mixture: {self.metric} {told}."
         scores = [[probe.score for probe in probes] for probes in (self.recommended, self.equal)]
         errors = [error_of(self.metric, float(np.mean(of_runs))) for of_runs in scores]
         better = "better" if errors[0] < errors[1] else "not better"
@@ -133,6 +141,12 @@ class MixtureReport(Result):
             if source.weight > largest:
                 beyond.append(f"{source.name} {source.weight:.0%} (at most {largest:.0%} in a probe)")
         return f" Beyond what was tried: {', '.join(beyond)}." if beyond else ""
+
+
+def _is_equal(fit: WeightFit) -> bool:
+    weights = fit.weights().values()
+    # in hundredths three equal weights are 0.34, 0.33 and 0.33
+    return max(weights) - min(weights) < 1.5 / 10**_DECIMALS
 
 
 def _plain(metric: str, difference: float) -> str:
@@ -174,6 +188,10 @@ def measure_mixture(
     for number in range(1, 1 + seeds):
         equal = dict.fromkeys(names, 1 / len(names))
         for name, weights in (("recommended", fit.weights()), ("equal", equal)):
+            if name == "equal" and _is_equal(fit):
+                # one mixture, trained once
+                checks[name].append(checks["recommended"][-1])
+                continue
             run = _MixtureRun(name, weights, config.seed + number)
             checks[name].append(_measure(config, sources, run, metric))
     report = MixtureReport(
@@ -293,8 +311,9 @@ def fit_weights(probes: Sequence[Probe], *, metric: str = "loss", seed: int = 0)
     of sources below zero apart, which get nothing; with none above zero it is where the sources at zero share all.
 
     Raises:
-        UsageError: the probes' scores are all the same.
+        UsageError: the probes' scores are all the same. VlmError: a score is no finite number.
     """
+    _check_scores(probes, metric)
     names = list(probes[0].weights)
     roots = np.sqrt([[probe.weights[name] for name in names] for probe in probes])
     benefits = -np.array([error_of(metric, probe.score) for probe in probes])
@@ -332,6 +351,20 @@ def fit_weights(probes: Sequence[Probe], *, metric: str = "loss", seed: int = 0)
         left_out_error=spread * _left_out_error(roots, scaled),
         left_out_spread=without_fit,
     )
+
+
+def _check_scores(probes: Sequence[Probe], metric: str) -> None:
+    """Refuse scores that no fit can use.
+
+    Raises:
+        VlmError: one is no finite number; its probe is named.
+    """
+    for number, probe in enumerate(probes):
+        if not np.isfinite(probe.score):
+            raise VlmError(
+                f"Probe {number} ({probe.run}) ends with {metric} {probe.score}, which no fit can use: its training "
+                "diverged. Give a lower --learning-rate, or another --run."
+            )
 
 
 def _best_weights(coefficients: Float[Array, " S"]) -> Float[Array, " S"]:

@@ -20,6 +20,7 @@ import numpy as np
 from vlm.data.shards import count_samples, expand_shards, join_shards
 from vlm.errors import UsageError
 from vlm.files import compute_fingerprint, write_text
+from vlm.models.model import model_config
 from vlm.results import Result
 from vlm.train.measured_run import check_metric, error_of, format_score, measure_run
 from vlm.train.run_config import TrainConfig
@@ -35,6 +36,8 @@ _LEAST_ARCHITECTURES = 3
 # nearer sizes tell no exponent apart from the spread of runs
 _LEAST_RATIO = 1.1
 _LONGEST_NAME = 40
+# a division of a budget on so many times the samples measured is far from them
+_FAR = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +75,23 @@ class Forecast:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ForecastBeyond:
+    """As `Forecast`, of a run larger than all; None where the runs do not tell what that which grows in it brings."""
+
+    samples: int
+    flops_per_sample: float | None
+    score: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ForecastCheck:
     """The forecast of the largest runs by a law of other ones. measured: their mean score.
 
     known: the runs of the law: `smaller` ones in every respect, or all `others`, among which the largest model saw less
-    data and the largest data a smaller model. inside: how many of the `runs_checked` lie in the interval.
+    data and the largest data a smaller model. inside: how many of the `runs_checked` lie in the interval. spread: the
+    largest score of all runs less the smallest; a wider interval means nothing.
     """
 
     known: Literal["smaller", "others"]
@@ -85,10 +100,13 @@ class ForecastCheck:
     measured: float
     inside: int
     runs_checked: int
+    spread: float
 
     def verdict(self, metric: str) -> str:
         """Whether the forecast held, in a sentence."""
         held = "held" if self.inside == self.runs_checked else "missed"
+        if self.forecast.high - self.forecast.low > self.spread:
+            held += ", but its interval is wider than the spread of all scores, too wide to mean anything"
         known = "smaller sizes" if self.known == "smaller" else "other runs"
         score, low, high, measured = (
             format_score(metric, value)
@@ -105,14 +123,16 @@ class BudgetPlan:
     """How the law divides a budget of training FLOPs between model and data.
 
     best: the best size of model of any; None where the law has none. architecture: the best of those that were trained,
-    with the samples and the score that the law gives it.
+    with the samples and the score that the law gives it; None where the runs do not tell them. is_far: it lies on more
+    than ten times the samples measured.
     """
 
     flops: float
     best: BestSize | None
-    architecture: str
-    samples: int
-    score: float
+    architecture: str | None
+    samples: int | None
+    score: float | None
+    is_far: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +151,7 @@ class ScalingReport(Result):
     sizes: dict[str, float]
     fit: ScalingLaw
     checks: tuple[ForecastCheck, ...]
-    beyond: tuple[Forecast, ...]
+    beyond: tuple[ForecastBeyond, ...]
     budgets: tuple[BudgetPlan, ...]
 
     def score(self, samples: float, size: float | None = None, *, law: ScalingLaw | None = None) -> float:
@@ -141,6 +161,30 @@ class ScalingReport(Result):
     def verdict(self) -> str:
         """Whether the forecasts held, a sentence each."""
         return "\n".join(check.verdict(self.metric) for check in self.checks)
+
+    def warnings(self) -> tuple[str, ...]:
+        """What these runs do not tell, a sentence each."""
+        told: list[str] = []
+        if self.fit.size and not self.fit.size.is_told:
+            told.append(
+                "These runs do not tell the sizes of model apart: train longer, on sizes farther apart, or with more "
+                "seeds."
+            )
+        if not self.fit.samples.is_told:
+            told.append(
+                "These runs do not tell what more samples bring: train longer, on numbers of samples farther apart, or "
+                "with more seeds."
+            )
+        for quantity, term in (("samples", self.fit.samples), ("size", self.fit.size)):
+            if term and term.at_limit:
+                told.append(f"The exponent of {quantity}, {term.exponent:.2f}, lies at a limit of those tried.")
+        for plan in self.budgets:
+            if plan.is_far:
+                told.append(
+                    f"The best division of {plan.flops:.3g} FLOPs lies on more than {_FAR} times the samples measured, "
+                    "far beyond what these runs tell."
+                )
+        return tuple(told)
 
 
 def measure_scaling(
@@ -219,6 +263,9 @@ def _check(config: TrainConfig, shares: Sequence[float], architectures: Sequence
             f"--architectures {' '.join(architectures)}: a law of size needs {_LEAST_ARCHITECTURES} different ones, "
             "and 4 for a forecast from smaller models; give more, or none to vary the data alone."
         )
+    for architecture in architectures:
+        # a name that is not known must not show after the runs of the first one
+        model_config(architecture)
     if architectures and config.model.start_from:
         raise UsageError(
             f"--start-from {config.model.start_from} has an architecture of its own; leave it or --architectures out."
@@ -359,10 +406,11 @@ def fit_scaling(
     fit = runs.fit(points, rng)
     largest = runs.largest
     factors = [(2, 1), (1, 2), (10, 10)] if sizes else [(2, 1), (10, 1)]
-    beyond: list[Forecast] = []
+    beyond: list[ForecastBeyond] = []
     for more_samples, larger in factors:
         size = runs.size_of(largest)
-        beyond.append(runs.forecast(fit, more_samples * largest.samples, size and larger * size, rng))
+        forecast = runs.forecast(fit, more_samples * largest.samples, size and larger * size, rng)
+        beyond.append(_beyond(fit.law, forecast, largest, size))
     plans: list[BudgetPlan] = []
     if sizes and hold == "epochs" and largest.flops:
         for budget in budgets or (largest.flops, 10 * largest.flops):
@@ -434,16 +482,43 @@ class _Runs:
             measured=float(np.mean(at_largest)),
             inside=sum(forecast.low <= score <= forecast.high for score in at_largest),
             runs_checked=len(at_largest),
+            spread=float(np.ptp([point.score for point in self.points])),
         )
 
 
+def _beyond(law: ScalingLaw, forecast: Forecast, largest: ScalingPoint, size: float | None) -> ForecastBeyond:
+    """A forecast, without its figures where the law's term of what grows in it is not told. size: of the largest."""
+    is_told = forecast.samples == largest.samples or law.samples.is_told
+    if law.size and forecast.flops_per_sample != size:
+        is_told = is_told and law.size.is_told
+    return ForecastBeyond(
+        samples=forecast.samples,
+        flops_per_sample=forecast.flops_per_sample,
+        score=forecast.score if is_told else None,
+        low=forecast.low if is_told else None,
+        high=forecast.high if is_told else None,
+    )
+
+
 def _plan(runs: _Runs, fit: LawFit, budget: float) -> BudgetPlan:
+    law = fit.law
+    if not (law.samples.is_told and law.size and law.size.is_told):
+        # without a term of size the smallest model always wins, without one of samples the largest
+        return BudgetPlan(flops=budget, best=None, architecture=None, samples=None, score=None, is_far=False)
     largest = runs.largest
     visits = (largest.flops or 0.0) / (largest.flops_per_sample or 1.0) / largest.samples
     by_error: list[tuple[float, str, int]] = []
     for name, size in runs.sizes.items():
         samples = max(round(budget / size / visits), 1)
-        by_error.append((fit.law.error(samples, size), name, samples))
+        by_error.append((law.error(samples, size), name, samples))
     error, name, samples = min(by_error)
     best = fit.best_size(budget, visits)
-    return BudgetPlan(flops=budget, best=best, architecture=name, samples=samples, score=error_of(runs.metric, error))
+    most = max(samples, best.samples_seen / visits if best else 0.0)
+    return BudgetPlan(
+        flops=budget,
+        best=best,
+        architecture=name,
+        samples=samples,
+        score=error_of(runs.metric, error),
+        is_far=most > _FAR * largest.samples,
+    )

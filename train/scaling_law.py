@@ -28,12 +28,18 @@ _LEAST_SIZES_LEFT = 3
 @dataclass(frozen=True, kw_only=True)
 class PowerTerm:
     """amplitude · (quantity / unit)^-exponent. exponent_interval: 95%, by resampled residuals; None where the amplitude
-    is zero in all of them."""
+    is zero in all of them.
+
+    at_limit: the exponent lies at a limit of those tried. is_told: the runs tell the term: its amplitude is above zero,
+    and the interval of its exponent is not all that was tried.
+    """
 
     amplitude: float
     exponent: float
     unit: float
     exponent_interval: tuple[float, float] | None = None
+    at_limit: bool = False
+    is_told: bool = True
 
     def at(self, quantity: float) -> float:
         """The error that this much leaves."""
@@ -111,11 +117,17 @@ class LawFit:
         if len(drawn):
             low, high = np.percentile(drawn, _INTERVAL)
             interval = (float(low), float(high))
+        amplitude = float(self.best.amplitudes[0, column])
+        exponent = float(self.best.exponents[0, column])
+        least, largest = _EXPONENTS
+        is_bounded = interval is not None and (interval[0] > least or interval[1] < largest)
         return PowerTerm(
-            amplitude=float(self.best.amplitudes[0, column]),
-            exponent=float(self.best.exponents[0, column]),
+            amplitude=amplitude,
+            exponent=exponent,
             unit=float(self.units[column]),
             exponent_interval=interval,
+            at_limit=amplitude > 0 and not least < exponent < largest,
+            is_told=amplitude > 0 and is_bounded,
         )
 
     def forecast(self, quantities: Sequence[float], rng: np.random.Generator) -> ErrorForecast:

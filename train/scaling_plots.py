@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from vlm.train.mixture_weights import MixtureReport
-    from vlm.train.scaling import Forecast, ScalingPoint, ScalingReport
+    from vlm.train.scaling import Forecast, ForecastBeyond, ScalingPoint, ScalingReport
 
 _LONGEST_LABEL = 30
 
@@ -84,11 +84,11 @@ def _draw_compute(axes: "Axes", report: "ScalingReport") -> None:
             steps = np.geomspace(own[0].samples, 2 * own[-1].samples, 101)
             law = [scale * report.score(step, report.sizes[architecture]) for step in steps]
             axes.plot(steps * flops_each, law, color=f"C{number}")
-    plans = [plan for plan in report.budgets if plan.best]
+    plans = [(plan.flops, scale * plan.score) for plan in report.budgets if plan.best and plan.score is not None]
     if plans:
         axes.plot(
-            [plan.flops for plan in plans],
-            [scale * plan.score for plan in plans],
+            [flops for flops, _ in plans],
+            [score for _, score in plans],
             "k*",
             ms=9,
             label="best of these, by the law of all runs",
@@ -97,12 +97,19 @@ def _draw_compute(axes: "Axes", report: "ScalingReport") -> None:
     axes.set_xlabel("training FLOPs of the run")
 
 
-def _draw_forecasts(axes: "Axes", forecasts: "Sequence[Forecast]", scale: float, *, colour: str, label: str) -> None:
-    middle = [scale * forecast.score for forecast in forecasts]
-    below = [max(scale * (forecast.score - forecast.low), 0) for forecast in forecasts]
-    above = [max(scale * (forecast.high - forecast.score), 0) for forecast in forecasts]
-    places = [forecast.samples for forecast in forecasts]
-    axes.errorbar(places, middle, yerr=(below, above), fmt="s", mfc="none", color=colour, capsize=4, label=label)
+def _draw_forecasts(
+    axes: "Axes", forecasts: "Sequence[Forecast | ForecastBeyond]", scale: float, *, colour: str, label: str
+) -> None:
+    for forecast in forecasts:
+        score, low, high = forecast.score, forecast.low, forecast.high
+        if score is None or low is None or high is None:
+            continue
+        error = ([max(scale * (score - low), 0)], [max(scale * (high - score), 0)])
+        axes.errorbar(
+            [forecast.samples], [scale * score], yerr=error, fmt="s", mfc="none", color=colour, capsize=4, label=label
+        )
+        # once in the legend
+        label = "_"
 
 
 def _runs_of(report: "ScalingReport", architecture: str) -> "list[ScalingPoint]":

@@ -427,10 +427,11 @@ def explain_choice(best: Trial, trials: Sequence[Trial], target: TuningTarget) -
     if meeting == [best]:
         return f"{best.label} is the only one of {len(trials)} tried that meets {target.describe()}: {measurements}."
     fastest = min(meeting, key=lambda trial: trial.latency.p50_ms)
-    if fastest is best:
+    if target.prefer == "memory":
+        smallest = "is the smallest and the fastest" if fastest is best else "is the smallest"
+        reason = f"{smallest} of {len(meeting)} that meet {target.describe()}"
+    elif fastest is best:
         reason = f"is the fastest of {len(meeting)} that meet {target.describe()}"
-    elif target.prefer == "memory":
-        reason = f"needs the least memory of {len(meeting)} that meet {target.describe()}"
     else:
         reason = f"needs the least memory of those as fast as {fastest.label} that meet {target.describe()}"
     return f"{best.label} {reason}: {measurements}."

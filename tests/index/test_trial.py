@@ -184,9 +184,10 @@ def test_the_fastest_is_taken_and_among_as_fast_the_smallest() -> None:
     assert select_trial([slow, quick, small], speed, left_out={}) is quick
     slow_but_small = trial("rabitq", p50=9, memory=20)
     assert select_trial([slow, quick, small, slow_but_small], memory, left_out={}) is slow_but_small
-    assert "rabitq needs the least memory of 3 that meet recall" in explain_choice(
+    assert "rabitq is the smallest of 3 that meet recall" in explain_choice(
         slow_but_small, [quick, small, slow_but_small], memory
     )
+    assert "is the smallest and the fastest of 2 that meet" in explain_choice(small, [slow, small], memory)
     assert "is the fastest of 2" in explain_choice(quick, [slow, quick], TuningTarget())
     assert "the only one of 1 tried" in explain_choice(slow, [slow], TuningTarget())
 

@@ -72,3 +72,5 @@ def test_scores_become_errors_and_back():
     check_metric("image_to_text_recall@5")
     with pytest.raises(UsageError, match="recall@7"):
         check_metric("recall@7")
+    with pytest.raises(UsageError, match=r"Unknown metric 'los'.*\bloss\b"):
+        check_metric("los")

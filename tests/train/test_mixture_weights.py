@@ -13,9 +13,10 @@ import vlm
 from vlm.cli.main import main
 from vlm.config import to_toml
 from vlm.data.corpus import read_sources
-from vlm.errors import UsageError
+from vlm.errors import UsageError, VlmError
 from vlm.train.history import read_run
-from vlm.train.mixture_weights import MixtureReport, Probe, _draw_weights, fit_weights
+from vlm.train.measured_run import MeasuredRun
+from vlm.train.mixture_weights import MixtureReport, Probe, SourceFit, WeightFit, _draw_weights, fit_weights
 
 NAMES = ("photos", "drawings", "icons", "noise")
 
@@ -56,6 +57,38 @@ def test_weights_that_no_probe_had_are_told():
     assert f"Beyond what was tried: photos 94% (at most {largest:.0%} in a probe)" in report.verdict()
     tried = (*probes, Probe(run="", weights=report.fit.weights(), score=4.0))
     assert "Beyond" not in replace(report, probes=tried).verdict()
+
+
+def test_a_score_that_is_no_number_names_its_probe():
+    probes = probes_of(two_help)
+    probes[3] = replace(probes[3], run="weights/probe-003", score=float("nan"))
+    with pytest.raises(VlmError, match=r"Probe 3 \(weights/probe-003\) ends with loss nan.*--learning-rate"):
+        fit_weights(probes)
+
+
+def test_weights_that_are_the_equal_ones_are_one_mixture_trained_once(
+    configure, mixture, scene_shards, monkeypatch, capsys
+):
+    trained = []
+
+    def measure(config, metric):
+        trained.append(config.run)
+        return MeasuredRun(run=config.run, steps=3, samples_seen=24, flops_per_sample=None, score=4.0 + len(trained))
+
+    halves = tuple(SourceFit(name=name, coefficient=0.1, weight=0.5, low=0, high=1) for name in ("all", "first"))
+    fit = WeightFit(sources=halves, strength=0.1, left_out_error=1.0, left_out_spread=1.0)
+    monkeypatch.setattr("vlm.train.mixture_weights.measure_run", measure)
+    monkeypatch.setattr("vlm.train.mixture_weights.fit_weights", lambda probes, metric: fit)
+    config = configure("weights", data=mixture, val=str(scene_shards / "val"), steps=3, batch_size=8)
+    report = vlm.fit_mixture(config, probes=4, seeds=2)
+    assert len(trained) == 6
+    assert report.equal == report.recommended
+    assert "The recommended weights are the equal ones, one mixture: loss 9, 10." in report.verdict()
+    Path(config.run, "config.toml").write_text(to_toml(config))
+    assert main(["--quiet", "mixture", config.run, "--run", config.run, "--probes", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "no more than chance gives" in shown
+    assert "Train with them" not in shown
 
 
 def test_of_a_recall_more_is_better():
@@ -143,7 +176,8 @@ def test_probes_are_trained_once_and_the_weights_written(configure, mixture, sce
     assert main(["--quiet", "mixture", *words]) == 0
     shown = capsys.readouterr().out
     assert report.verdict().split("\n")[0] in shown
-    assert f"vlm train {folder} --data {report.mixture} --run DIR" in shown
+    # weights that chance gives are not recommended
+    assert (f"vlm train {folder} --data {report.mixture} --run DIR" in shown) == report.fit.is_useful
 
 
 def test_what_cannot_be_weighed_is_refused_before_anything_is_trained(configure, mixture, scene_shards, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 
 import vlm
 from vlm.cli.main import main
+from vlm.cli.scale import _show_budgets, _show_forecasts
 from vlm.config import to_toml
 from vlm.data.pack import PackConfig, pack
 from vlm.data.sources.source import SceneOptions, SourceOptions
@@ -22,6 +23,7 @@ from vlm.errors import UsageError
 from vlm.train.history import read_run
 from vlm.train.measured_run import MeasuredRun
 from vlm.train.scaling import ScalingPoint, fit_scaling
+from vlm.train.scaling_plots import draw_scaling
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +145,44 @@ def test_a_law_of_data_and_size_forecasts_the_largest_and_divides_budgets():
     assert first.architecture == min(by_truth, key=by_truth.get)
     assert second.best.size > first.best.size
     assert first.best.size * first.best.samples_seen == pytest.approx(first.flops)
+
+
+def test_runs_that_do_not_tell_the_sizes_apart_name_no_best_one(tmp_path, capsys):
+    report = fit_scaling(grid_of(lambda samples, size: error_of_size(samples, 6.4e7)), metric="loss", hold="epochs")
+    assert report.fit.size
+    assert not report.fit.size.is_told
+    assert report.fit.samples.is_told
+    for plan in report.budgets:
+        assert (plan.best, plan.architecture, plan.samples, plan.score) == (None, None, None, None)
+    data, *larger = report.beyond
+    assert data.score is not None
+    assert all((forecast.score, forecast.low, forecast.high) == (None, None, None) for forecast in larger)
+    assert any("do not tell the sizes of model apart" in warning for warning in report.warnings())
+    assert report.to_json()["budgets"][0]["architecture"] is None
+    draw_scaling(report, tmp_path / "scaling.png")
+    _show_budgets(report)
+    shown = capsys.readouterr().out
+    assert "–" in shown
+    assert not any(name in shown for name in SIZES)
+    _show_forecasts(report)
+    assert "–" in capsys.readouterr().out
+
+
+def test_an_exponent_at_the_limit_and_a_far_division_are_told():
+    steep = fit_scaling(grid_of(lambda samples, size: 1 + 0.1 * (samples / 8000) ** -4, noise=1e-3), metric="loss")
+    assert steep.fit.samples.at_limit
+    assert any("lies at a limit of those tried" in warning for warning in steep.warnings())
+    report = fit_scaling(grid_of(error_of_size), metric="loss", hold="epochs", budgets=(1e12, 1e17))
+    assert [plan.is_far for plan in report.budgets] == [False, True]
+    [far] = report.warnings()
+    assert far.startswith("The best division of 1e+17 FLOPs lies on more than 10 times the samples measured")
+
+
+def test_an_interval_wider_than_all_scores_means_nothing():
+    report = fit_scaling(points_of(lambda samples: 0.4, seeds=1), metric="recall@10")
+    [check] = report.checks
+    assert "too wide to mean anything" in replace(check, spread=0.0).verdict("recall@10")
+    assert "too wide" not in replace(check, spread=1.0).verdict("recall@10")
 
 
 def test_three_sizes_forecast_the_largest_from_all_others_alone():
@@ -268,6 +308,7 @@ def test_runs_of_several_sizes_are_trained_once(configure, scene_shards, small_s
         ({"budgets": [1e15]}, "--budgets are divided between model and data"),
         ({"architectures": NAMES, "budgets": [1e15]}, "--hold epochs"),
         ({"architectures": NAMES, "hold": "epochs", "budgets": [-1.0]}, "--budgets -1 is no number of FLOPs"),
+        ({"architectures": [NAMES[0], "nonsense", NAMES[1]]}, "Unknown architecture 'nonsense'"),
         ({"metric": "recall@7"}, "Unknown metric 'recall@7'"),
     ],
 )

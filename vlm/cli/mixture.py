@@ -65,7 +65,8 @@ class Mixture:
             show_json(report)
             return
         _show(report)
-        print(f"Train with them: vlm train {quoted(self.preset)} --data {quoted(report.mixture)} --run DIR")
+        if report.fit.is_useful:
+            print(f"Train with them: vlm train {quoted(self.preset)} --data {quoted(report.mixture)} --run DIR")
         logger.info(f"Figure: {Path(self.config.run) / 'mixture.png'}")
 
 

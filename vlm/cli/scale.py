@@ -13,7 +13,7 @@ from vlm.train.presets import PRESETS, open_preset
 from vlm.train.run_config import TrainConfig
 
 if TYPE_CHECKING:
-    from vlm.train.scaling import Forecast, ScalingReport
+    from vlm.train.scaling import Forecast, ForecastBeyond, ScalingReport
     from vlm.train.scaling_law import PowerTerm
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Scale:
         if report.budgets:
             _show_budgets(report)
         _show_law(report)
-        print(report.verdict())
+        print("\n".join((report.verdict(), *report.warnings())))
         logger.info(f"Figure: {Path(self.config.run) / 'scaling.png'}")
 
 
@@ -115,8 +115,8 @@ def _show_forecasts(report: "ScalingReport") -> None:
     show_table(columns, rows)
 
 
-def _forecast(report: "ScalingReport", forecast: "Forecast") -> list[object]:
-    interval = f"{_score(report, forecast.low)} to {_score(report, forecast.high)}"
+def _forecast(report: "ScalingReport", forecast: "Forecast | ForecastBeyond") -> list[object]:
+    interval = "–" if forecast.score is None else f"{_score(report, forecast.low)} to {_score(report, forecast.high)}"
     cells: list[object] = [f"{forecast.samples:,}", _score(report, forecast.score), interval]
     if forecast.flops_per_sample:
         cells.insert(1, f"{forecast.flops_per_sample:.3g}")
@@ -132,7 +132,8 @@ def _show_budgets(report: "ScalingReport") -> None:
             best = f"{plan.best.size:.3g}"
             interval = f"{plan.best.low:.3g} to {plan.best.high:.3g}"
         score = _score(report, plan.score)
-        rows.append([f"{plan.flops:.3g}", best, interval, plan.architecture, f"{plan.samples:,}", score])
+        samples = "–" if plan.samples is None else f"{plan.samples:,}"
+        rows.append([f"{plan.flops:.3g}", best, interval, plan.architecture or "–", samples, score])
     columns = ["budget, FLOPs", "best FLOPs a sample", "95%", "best of these", "on samples", report.metric]
     show_table(columns, rows)
 
@@ -152,7 +153,7 @@ def _term(quantity: str, term: "PowerTerm") -> str:
     return text
 
 
-def _score(report: "ScalingReport", score: float) -> str:
+def _score(report: "ScalingReport", score: float | None) -> str:
     from vlm.train.history import format_metric
 
-    return format_metric(report.metric, score)
+    return "–" if score is None else format_metric(report.metric, score)
