@@ -54,7 +54,14 @@ from vlm.index.embeddings_folder import (
 )
 from vlm.index.encoder import AnyEncoder, compile_encoder, find_fastest_batch_size, is_out_of_memory
 from vlm.index.ids import UidAssigner
-from vlm.manifest import Manifest, first_mismatch, is_complete, mark_unfinished, read_manifest
+from vlm.manifest import (
+    Manifest,
+    first_mismatch,
+    is_complete,
+    mark_unfinished,
+    read_manifest,
+    recorded_configuration,
+)
 from vlm.model_spec import absolute_spec
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.results import Result
@@ -261,6 +268,8 @@ def _open_output(model: AnyEncoder, plan: EmbedPlan, modality: Modality) -> _Out
     identity |= asdict(options.storage)
     # rows in float32 and bfloat16 differ by more than rounding, those of two backends in their last bits
     identity |= {"precision": options.precision, "backend": backend_of(model)}
+    if not is_complete(path):
+        _as_earlier_versions(path, identity)
     space = EmbeddingSpace(
         model=absolute_spec(options.model_spec),
         fingerprint=model.fingerprint,
@@ -285,6 +294,23 @@ def _open_output(model: AnyEncoder, plan: EmbedPlan, modality: Modality) -> _Out
     remove_leftovers(path)
     logger.info(f"{path} is complete already: {manifest.counts['rows']:,} rows of this model and these shards.")
     return _Output(path=path, space=space, writer=None, manifest=manifest)
+
+
+def _as_earlier_versions(path: Path, identity: dict[str, Any]) -> None:
+    """Give an identity the form of unfinished work from before backends were noted, where its rows are made alike.
+
+    Raises:
+        UsageError: they are not.
+    """
+    begun = recorded_configuration(path)
+    if "modality" not in begun or "backend" in begun or identity["backend"] != "torch":
+        return
+    if identity["modality"] == "text":
+        raise UsageError(
+            f"{path} was begun by an earlier version, which embedded captions in another order, so that rows differ in "
+            "their last bits: remove it, or name another folder, and embed the captions anew."
+        )
+    del identity["backend"]
 
 
 def _reopen(path: Path, identity: dict[str, Any]) -> None:

@@ -44,13 +44,15 @@ def split_model_spec(spec: str) -> tuple[str, int | Literal["mirror"] | None]:
     ('runs/mine#mirror', 64)
 
     Raises:
-        UsageError: what follows the sign is neither.
+        UsageError: what follows the sign is neither, or it is the mirror twice.
     """
     model, sign, variant = spec.rpartition(VARIANT_SEPARATOR)
     # a folder may have a # in its name
     if not sign or Path(spec).exists():
         return spec, None
     if variant == MIRROR:
+        if model.endswith(f"{VARIANT_SEPARATOR}{MIRROR}") and not Path(model).exists():
+            raise UsageError(f"{spec!r}: an image is mirrored once; write {model}.")
         return model, MIRROR
     if not (variant.isascii() and variant.isdecimal()):
         raise UsageError(

@@ -1,6 +1,7 @@
 """`vlm embed` by a model's ONNX export and by torch: which of them is taken, and what their rows have in common."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import pytest
 import vlm
 from tests.random_model import write_random_model
 from vlm.cli.main import main
-from vlm.errors import UsageError
+from vlm.errors import UsageError, VlmError
 from vlm.index.embeddings_folder import Embeddings
+from vlm.manifest import mark_unfinished
 from vlm.models.load import load_model
 from vlm.service.query import Backend, open_bulk_export, open_export
 
@@ -142,9 +144,50 @@ def test_a_folder_from_before_backends_were_noted_is_torch_s(exported, shards, t
     values = json.loads(path.read_text())
     del values["configuration"]["backend"]
     path.write_text(json.dumps(values))
+    assert vlm.embed(exported, shards, tmp_path / "out").summaries[0].was_complete
     assert vlm.embed(exported, shards, tmp_path / "out", backend="torch").summaries[0].was_complete
-    with pytest.raises(UsageError, match=r'another backend \("torch" instead of "onnx"\)'):
+    with pytest.raises(UsageError, match="begun with the backend torch"):
         vlm.embed(exported, shards, tmp_path / "out", backend="onnx")
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_an_earlier_version_s_unfinished_work_on_images_goes_on_by_torch_and_on_captions_is_explained(
+    exported, shards, tmp_path, modality
+):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    vlm.embed(exported, shards, whole, backend="torch", modality=modality)
+    shutil.copytree(whole, out)
+    identity = json.loads((out / "manifest.json").read_text())["configuration"]
+    del identity["backend"]
+    mark_unfinished(out, kind="embeddings", configuration=identity)
+    (out / "parts" / "part-00000.json").unlink()
+    if modality == "text":
+        with pytest.raises(UsageError, match="begun by an earlier version, which embedded captions in another order"):
+            vlm.embed(exported, shards, out, modality="text")
+        return
+    assert vlm.embed(exported, shards, out).summaries[0].new_rows > 0
+    assert Embeddings.open(out).manifest.files == Embeddings.open(whole).manifest.files
+
+
+def test_folders_of_two_backends_are_both_named(exported, shards, tmp_path):
+    vlm.embed(exported, shards, tmp_path / "images", backend="torch")
+    vlm.embed(exported, shards, tmp_path / "texts", modality="text", backend="onnx")
+    with pytest.raises(UsageError, match=r"images with torch and .*texts with onnx: embed one --modality at a time"):
+        vlm.embed(exported, shards, tmp_path, modality="both")
+
+
+def test_a_damaged_export_is_not_used_for_many_rows(exported, shards, tmp_path, caplog):
+    model = shutil.copytree(exported, tmp_path / "model", copy_function=shutil.copyfile)
+    weights = max((model / "onnx").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(weights.read_bytes())
+    content[-1000:] = bytes(1000)
+    weights.write_bytes(content)
+    cure = f"{weights} is missing or damaged; export the model again"
+    with pytest.raises(VlmError, match=re.escape(cure)):
+        vlm.embed(model, shards, tmp_path / "named", backend="onnx")
+    vlm.embed(model, shards, tmp_path / "auto")
+    assert backend_in(tmp_path / "auto") == "torch"
+    assert any(cure in record.getMessage() for record in caplog.records if record.levelname == "WARNING")
 
 
 def test_an_int8_export_is_taken_only_where_it_is_named_and_noted(exported, shards, tmp_path):
@@ -163,6 +206,35 @@ def test_what_an_export_cannot_do_is_left_to_torch_or_refused(exported, shards, 
     assert backend_in(tmp_path / "bf16") == "torch"
     with pytest.raises(UsageError, match="An ONNX export is not compiled: leave --compile out"):
         vlm.embed(exported, shards, tmp_path / "out", backend="onnx", compile=True)
+    with pytest.raises(UsageError, match="computes in float32: leave --precision bf16 out"):
+        vlm.embed(exported, shards, tmp_path / "out", backend="onnx", precision="bf16")
+    with pytest.raises(UsageError, match="runs on the CPU: leave --device cuda out"):
+        vlm.embed(exported, shards, tmp_path / "out", backend="onnx", device="cuda")
+    with pytest.raises(UsageError, match="runs on the CPU: leave --device cuda out"):
+        vlm.load(exported, backend="onnx", device="cuda")
+    with pytest.raises(UsageError, match="computes in float32"):
+        vlm.embed(exported, shards, tmp_path / "out", backend="onnx", precision="bf16", engine="ray")
     assert not (tmp_path / "out").exists()
     assert vlm.embed(f"{exported}#16", shards, tmp_path / "short", batch_size="auto").summaries[0].dimension == 16
     assert backend_in(tmp_path / "short") == "onnx"
+
+
+@pytest.mark.parametrize(("modality", "earlier"), [("text", {}), ("image", {"backend": "onnx"}), ("image", {})])
+def test_an_addition_is_not_blocked_by_what_another_one_left(
+    exported, shards, scene_shards, tmp_path, monkeypatch, modality, earlier
+):
+    vlm.embed(exported, shards, tmp_path / "rows", modality=modality)
+    vlm.build_index(tmp_path / "rows", tmp_path / "index")
+    index = vlm.open_index(tmp_path / "index")
+    more = shutil.copytree(scene_shards / "val", tmp_path / "more")
+    with monkeypatch.context() as patch:
+        patch.setattr("vlm.index.embed._write_parts", lambda *_: (_ for _ in ()).throw(RuntimeError))
+        with pytest.raises(RuntimeError):
+            index.add(more)
+    (work,) = (tmp_path / "index" / ".adding").iterdir()
+    identity = json.loads((work / "progress.json").read_text())["configuration"]
+    del identity["backend"]
+    mark_unfinished(work, kind="embeddings", configuration=identity | earlier)
+    # the same samples: embedded, then found known by their content
+    assert index.add(more).known == len(index)
+    assert not work.exists()

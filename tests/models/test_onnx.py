@@ -66,6 +66,8 @@ def test_some_dimensions_are_those_of_the_truncated_model(folder):
     assert np.abs(encoder.embed_texts(TEXTS) - model.embed_texts(TEXTS).numpy()).max() < 1e-5
     with pytest.raises(UsageError, match="have 128 dimensions"):
         open_export(f"{folder}#129")
+    with pytest.raises(UsageError, match=f"An ONNX export serves {folder}, .*#16#mirror is embedded by torch"):
+        open_export(f"{folder}#16#mirror")
 
 
 def test_an_image_with_its_mirror_image_is_embedded_as_by_the_mirrored_model(folder):

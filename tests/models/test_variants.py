@@ -108,6 +108,8 @@ def test_what_follows_the_last_sign_is_a_number_or_the_mirror_unless_a_path_is_n
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path)
     assert absolute_spec("run#mirror#8") == f"{tmp_path.resolve()}/run#mirror#8"
+    with pytest.raises(UsageError, match="an image is mirrored once; write runs/a#mirror"):
+        split_model_spec("runs/a#mirror#mirror")
     for wrong in ("runs/a#", "runs/a#b", "runs/a#-1", "runs/a#²"):
         with pytest.raises(UsageError, match="is not a number of dimensions"):
             split_model_spec(wrong)

@@ -19,7 +19,15 @@ from vlm.models.decoding_options import DecodingOptions
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.ray_engine import Engine, RayCluster, check_engine
 from vlm.results import Result
-from vlm.service.query import Backend, chosen_backend, has_gpu, load_bulk_encoder, open_bulk_export, open_export
+from vlm.service.query import (
+    Backend,
+    chosen_backend,
+    export_or_torch,
+    has_gpu,
+    load_bulk_encoder,
+    log_unused_export,
+    open_bulk_export,
+)
 from vlm.storage import is_remote
 
 # imported where they are used: an ONNX export needs no torch
@@ -261,11 +269,13 @@ class _EmbedJob:
         shards = shards_at(self.shards)
         model = self.model
         if isinstance(model, str):
+            backend = self._chosen_backend()
             model = load_bulk_encoder(
                 model,
-                device=_device_of_rank(self.device, rank),
+                # an export runs on the CPU, whatever GPU a rank would have
+                device="cpu" if backend == "onnx" else _device_of_rank(self.device, rank),
                 precision=options.precision,
-                backend=_backend_to_go_on(self.backend, self.folders),
+                backend=backend,
                 needs_network=options.is_compiled,
             )
         summaries = embed_into(model, shards, self.folders, options)
@@ -284,19 +294,25 @@ class _EmbedJob:
 
     def _uses_export_on_cluster(self) -> bool:
         """Whether the processes of a cluster run the export: as on one machine, so that the parts have its bytes."""
-        choice = _backend_to_go_on(self.backend, self.folders)
+        choice = self._chosen_backend()
         if choice != "auto":
             return choice == "onnx"
-        options = self.options
-        takes_gpu = self.device == "auto" and has_gpu()
-        if options.precision != "fp32" or options.is_compiled or takes_gpu:
-            return False
         try:
-            encoder = open_export(options.model_spec)
-        except VlmError:
+            encoder = open_bulk_export(self.options.model_spec)
+        except VlmError as error:
+            log_unused_export(error)
             return False
         # the export of a name lies in a cache, which other machines do not see
         return Path(encoder.name).is_dir() and encoder.export.details.precision == "float32"
+
+    def _chosen_backend(self) -> Backend:
+        options = self.options
+        return export_or_torch(
+            _backend_to_go_on(self.backend, self.folders),
+            device=self.device,
+            precision=options.precision,
+            needs_network=options.is_compiled,
+        )
 
 
 def _encoder_given(model: "str | Path | Model | VisionLanguageModel") -> "VisionLanguageModel | OnnxEncoder | None":
@@ -315,21 +331,29 @@ def _backend_to_go_on(backend: str, folders: Mapping[Modality, Path]) -> Backend
     """The backend asked for; for auto the one that a folder was begun with, if one was.
 
     Raises:
-        UsageError: a folder was begun with another one than is asked for.
+        UsageError: a folder was begun with another one than is asked for, or two folders with different ones.
     """
     choice = chosen_backend(backend)
+    recorded: dict[Path, Backend] = {}
     for folder in folders.values():
-        begun = str(recorded_configuration(folder).get("backend", ""))
-        if not begun:
-            continue
-        # an int8 export is one, too; which of the two it is shows when it is opened
-        recorded: Backend = "torch" if begun == "torch" else "onnx"
-        if choice not in ("auto", recorded):
+        begun = recorded_configuration(folder)
+        # other kinds of folder have no modality, and are refused for what they are
+        if "modality" in begun:
+            # before backends were noted there was torch alone; an int8 export is one, too, as shows when it is opened
+            recorded[folder] = "torch" if begun.get("backend", "torch") == "torch" else "onnx"
+    if choice == "auto" and len(set(recorded.values())) > 1:
+        which = " and ".join(f"{folder} with {name}" for folder, name in recorded.items())
+        raise UsageError(
+            f"The folders were begun with two backends, {which}: embed one --modality at a time into these folders, "
+            "or name another folder for both."
+        )
+    for folder, name in recorded.items():
+        if choice not in ("auto", name):
             raise UsageError(
-                f"{folder} was begun with the backend {recorded}, and holds rows of one only: leave out the backend "
-                f"{choice} to go on with {recorded}, or name another folder."
+                f"{folder} was begun with the backend {name}, and holds rows of one only: leave out the backend "
+                f"{choice} to go on with {name}, or name another folder."
             )
-        choice = recorded
+        choice = name
     return choice
 
 

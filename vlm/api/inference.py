@@ -27,7 +27,7 @@ from vlm.evaluation.rejection import RejectRule, read_reject_rule
 from vlm.files import json_text
 from vlm.models.decoding_options import DecodingOptions
 from vlm.models.onnx_encoder import OnnxEncoder
-from vlm.service.query import Backend, chosen_backend, embed_pixels, embed_query_texts, load_query_encoder
+from vlm.service.query import Backend, embed_pixels, embed_query_texts, export_or_torch, load_query_encoder
 from vlm.tensor_types import Array, Float32
 
 # imported where it is used: an ONNX export needs no torch
@@ -190,10 +190,8 @@ def load(
         UsageError: there is no such model or device. VlmError: its weights cannot be loaded.
     """
     load_by_torch = partial(_load_by_torch, device=device, precision=precision)
-    # an export runs on the CPU, in float32
-    if chosen_backend(backend) == "torch" or device not in ("auto", "cpu") or precision != "fp32":
-        return Model(load_by_torch(str(model)))
-    encoder = load_query_encoder(str(model), backend=backend, prefers_gpu=device == "auto", load=load_by_torch)
+    choice = export_or_torch(backend, device=device, precision=precision)
+    encoder = load_query_encoder(str(model), backend=choice, load=load_by_torch)
     return Model(encoder)  # pyright: ignore[reportArgumentType]
 
 

@@ -89,8 +89,8 @@ class OnnxFolder:
     details: OnnxDetails
 
 
-def read_onnx_folder(folder: Path) -> OnnxFolder:
-    """An export's manifest; its files must have the recorded sizes.
+def read_onnx_folder(folder: Path, *, verify: bool = False) -> OnnxFolder:
+    """An export's manifest; its files must have the recorded sizes, and with `verify` the recorded checksums.
 
     Raises:
         UsageError: it is not an export. VlmError: it is damaged.
@@ -98,7 +98,8 @@ def read_onnx_folder(folder: Path) -> OnnxFolder:
     manifest = read_manifest(folder, ONNX)
     for name, record in manifest.files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != record.bytes:
+        is_whole = path.is_file() and path.stat().st_size == record.bytes
+        if not is_whole or (verify and sha256_file(path) != record.sha256):
             raise VlmError(f"{path} is missing or damaged; export the model again (vlm export MODEL --to onnx).")
     return OnnxFolder(path=folder, fingerprint=manifest.fingerprint, details=_details(manifest, folder))
 

@@ -45,7 +45,7 @@ from vlm.index.engine_base import EngineSnapshot
 from vlm.index.engine_writer import InsertBatch
 from vlm.index.ids import UID_COLUMN
 from vlm.index.metadata import check_json, is_field
-from vlm.manifest import MANIFEST, PROGRESS
+from vlm.manifest import MANIFEST, PROGRESS, is_complete, recorded_configuration
 from vlm.service.folder.folder_reader import FileReading, FolderReader
 from vlm.service.folder.folder_scan import FileStamp, FolderScan, scan_folder
 from vlm.service.images import read_stored_bytes
@@ -386,12 +386,14 @@ class AdditionPlanner:
 
     def _embed_shards(self, shards: Sequence[str], *, selection: Selection | None = None) -> Addition:
         # needs torch, as the model does
-        from vlm.index.embed import EmbedOptions, embed_into
+        from vlm.index.embed import EmbedOptions, backend_of, embed_into
 
         work = self._work(*shards, selection.fingerprint if selection else "")
         options = EmbedOptions(model_spec=self._space.model, selection=selection)
+        model = self._load()
+        _discard_other_work(work, backend_of(model))
         try:
-            embed_into(self._load(), shards, {self._space.modality: work}, options)
+            embed_into(model, shards, {self._space.modality: work}, options)
         except VlmError:
             # not one sample can be used: then there are reasons, but no manifest
             if (work / MANIFEST).is_file() or not (work / SKIPPED_JSONL).is_file():
@@ -532,6 +534,19 @@ def _is_known(snapshot: EngineSnapshot, entry: Origin | None, new: Origin) -> bo
         "before the new uids (--uid-prefix), replace the old rows (vlm index update), or say where their images are "
         "now (vlm index relocate)."
     )
+
+
+def _discard_other_work(work: Path, backend: str) -> None:
+    """Remove embeddings that an interrupted addition left and this one cannot go on with; they are computed again."""
+    begun = recorded_configuration(work)
+    if not begun:
+        return
+    # before backends were noted there was torch alone, which embedded captions in another order
+    goes_on = begun.get("modality") == "image" or is_complete(work)
+    made_by = begun.get("backend", "torch" if goes_on else "torch of an earlier version")
+    if made_by != backend:
+        logger.info(f"{work} was begun by {made_by}, this addition embeds by {backend}: it is removed and made again.")
+        shutil.rmtree(work)
 
 
 def _joined(additions: Sequence[Addition]) -> Addition:

@@ -505,10 +505,12 @@ def load_query_encoder(
     backend: str = "",
     prefers_gpu: bool = False,
     load: Callable[[str], Encoder] = load_encoder,
+    verify: bool = False,
 ) -> QueryEncoder:
     """What embeds the queries of a MODEL on this machine.
 
     prefers_gpu: torch is taken where there is a GPU: for many queries or images at once. load: the model by torch.
+    verify: read the export's files and compare their checksums, which a search has no time for.
 
     Raises:
         UsageError: there is no such model, or the backend is `onnx` and there is no export that is up to date.
@@ -517,17 +519,45 @@ def load_query_encoder(
     choice = chosen_backend(backend)
     if choice == "torch" or (choice == "auto" and prefers_gpu and has_gpu()):
         return load(spec)
-    reason = ""
     try:
-        return open_export(spec)
+        return open_export(spec, verify=verify)
     except VlmError as error:
         if choice == "onnx":
             raise
-        reason = str(error)
+        reason = error
     encoder = load(spec)
     # after the model: where there is none, that is all there is to say
-    logger.info(reason)
+    log_unused_export(reason)
     return encoder
+
+
+def log_unused_export(reason: VlmError) -> None:
+    """Say why torch is used: a damaged export is a warning, one that was never made is not."""
+    level = logging.INFO if isinstance(reason, UsageError) else logging.WARNING
+    logger.log(level, f"{reason}" if level == logging.INFO else f"Torch is used instead of the ONNX export: {reason}")
+
+
+def export_or_torch(backend: str, *, device: str, precision: str, needs_network: bool = False) -> Backend:
+    """The backend for many rows: `torch` where an export cannot do what is asked, `onnx` where one must be used.
+
+    `auto` is left where an export may be used if there is one. An export runs on the CPU, in float32.
+    needs_network: more than unit vectors is asked of the model.
+
+    Raises:
+        UsageError: there is no such backend, or `onnx` is asked for and cannot do the rest.
+    """
+    choice = chosen_backend(backend)
+    is_elsewhere = device not in ("auto", "cpu")
+    if choice == "onnx" and is_elsewhere:
+        raise UsageError(f"An ONNX export runs on the CPU: leave --device {device} out, or choose --backend torch.")
+    if choice == "onnx" and precision != "fp32":
+        raise UsageError(
+            f"An ONNX export computes in float32: leave --precision {precision} out, or choose --backend torch."
+        )
+    if choice == "onnx":
+        return choice
+    takes_gpu = is_elsewhere or (device == "auto" and has_gpu())
+    return "torch" if takes_gpu or needs_network or precision != "fp32" else choice
 
 
 def load_bulk_encoder(
@@ -538,15 +568,11 @@ def load_bulk_encoder(
     An export runs on the CPU, in float32, and gives unit vectors alone; for anything else (a device, a precision, or
     `needs_network`: more is asked of the model) torch is taken.
 
-    Raises: as of `load_query_encoder`.
+    Raises: as of `load_query_encoder` and `export_or_torch`.
     """
     from_torch = partial(_load_by_torch, device=device, precision=precision)
-    choice = chosen_backend(backend)
-    if choice == "auto" and needs_network:
-        choice = "torch"
-    if choice == "torch" or device not in ("auto", "cpu") or precision != "fp32":
-        return from_torch(spec)
-    encoder = load_query_encoder(spec, backend=choice, prefers_gpu=device == "auto", load=from_torch)
+    choice = export_or_torch(backend, device=device, precision=precision, needs_network=needs_network)
+    encoder = load_query_encoder(spec, backend=choice, load=from_torch, verify=True)
     if not isinstance(encoder, OnnxEncoder):
         return encoder
     is_rounded = encoder.export.details.precision != "float32"
@@ -572,8 +598,8 @@ def query_loader(*, backend: str = "", prefers_gpu: bool = False) -> "partial[Qu
     return partial(load_query_encoder, backend=chosen_backend(backend), prefers_gpu=prefers_gpu)
 
 
-def open_export(spec: str) -> OnnxEncoder:
-    """The ONNX export of a MODEL.
+def open_export(spec: str, *, verify: bool = False) -> OnnxEncoder:
+    """The ONNX export of a MODEL; with `verify` the checksums of its files are compared, not only sizes.
 
     Raises:
         UsageError: there is none, it is out of date, or onnxruntime is missing. VlmError: it is damaged.
@@ -582,16 +608,23 @@ def open_export(spec: str) -> OnnxEncoder:
     dimensions = variant if isinstance(variant, int) else None
     if dimensions is not None:
         model, variant = split_model_spec(model)
-    # of other orders (#64#mirror) there is no export by that name
+    if split_model_spec(model)[1] is not None:
+        # of a dimension cut before the mirror: another space than #mirror#64
+        base = model
+        while (inner := split_model_spec(base))[1] is not None:
+            base = inner[0]
+        raise UsageError(
+            f"An ONNX export serves {base}, {base}#64, {base}#mirror and {base}#mirror#64; {spec} is embedded by torch."
+        )
     folder = export_folder(model)
     command = f"vlm export {shlex.quote(model)} --to onnx"
     if not is_onnx_folder(folder):
         raise UsageError(
-            f"{model} has no ONNX export, with which embedding, search and evaluation start without torch: {command}"
+            f"{model} has no ONNX export, with which embed, search and eval start without torch: {command}"
         )
     if importlib.util.find_spec("onnxruntime") is None:
         raise UsageError(f"The ONNX export of {model} needs onnxruntime: pip install 'vlm-pipeline[onnx]'.")
-    export = read_onnx_folder(folder)
+    export = read_onnx_folder(folder, verify=verify)
     if reason := stale_reason(export):
         raise UsageError(
             f"The ONNX export of {model} is not used: {reason} since it was made. Make it again: {command}"
@@ -600,11 +633,11 @@ def open_export(spec: str) -> OnnxEncoder:
 
 
 def open_bulk_export(spec: str) -> OnnxEncoder:
-    """The ONNX export of a MODEL, for many rows.
+    """The ONNX export of a MODEL, for many rows; its files are read once to compare their checksums.
 
     Raises: as of `open_export`.
     """
-    return replace(open_export(spec), is_bulk=True)
+    return replace(open_export(spec, verify=True), is_bulk=True)
 
 
 def embed_pixels(encoder: QueryEncoder, pixels: UInt8[Array, "B 3 H W"]) -> Float32[Array, "B D"]:
