@@ -43,9 +43,6 @@ def test_the_security_policy_allows_the_style_sheet_alone(page):
 
 
 def test_the_same_values_give_the_same_page():
-    values = {"title": "<a>", "info": None, "sections": []}
-    with pytest.raises(jinja2.UndefinedError, match="rows"):
-        render("results_page.html", **values)
     assert render("base.html", title="<a>") == render("base.html", title="<a>")
     assert "<h1>&lt;a&gt;</h1>" in render("base.html", title="<a>")
 
