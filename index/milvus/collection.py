@@ -33,7 +33,7 @@ from vlm.errors import UsageError, VlmError
 from vlm.files import content_digest
 from vlm.index.catalog import LATEST
 from vlm.index.embeddings_folder import Origin
-from vlm.index.engine_base import EngineCatalogue, Entry, FilteredRows, RowSelection
+from vlm.index.engine_base import EngineCatalogue, Entry, FilteredRows, RowSelection, row_numbers
 from vlm.index.facets import MOST_DISTINCT, FieldSummary, ValueCount
 from vlm.index.filter_language import (
     And,
@@ -515,7 +515,7 @@ class MilvusCatalogue(EngineCatalogue):
             counts = Counter(value for value, _ in values)
         else:
             # a list of rows can be too long for an expression, so these are counted here
-            counted = set(rows.tolist())
+            counted = set(row_numbers(rows).tolist())
             counts = Counter(value for value, row in self._values(field, "row >= 0") if row in counted)
         ordered = sorted(counts.items(), key=lambda item: (-item[1], _in_order(item[0])))
         return [ValueCount(value=value, rows=number) for value, number in ordered[:top]]

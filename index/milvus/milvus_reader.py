@@ -22,6 +22,7 @@ from vlm.index.engine_base import (
     RowSelection,
     ScoredRows,
     manifest_stamp,
+    row_numbers,
 )
 from vlm.index.index_files import EngineDetails
 from vlm.index.milvus.collection import MilvusCatalogue, StoredField, as_row_list, vector_of
@@ -156,9 +157,10 @@ class MilvusSnapshot(EngineSnapshot):
         if isinstance(allowed_rows, FilteredRows):
             expression = f"{expression} and ({allowed_rows.expression})"
         elif allowed_rows is not None:
-            if not len(allowed_rows) or len(allowed_rows) > MOST_RESULTS:
-                return self._only_few(queries, allowed_rows)
-            expression = f"{expression} and {as_row_list(allowed_rows)}"
+            numbers = row_numbers(allowed_rows)
+            if not len(numbers) or len(numbers) > MOST_RESULTS:
+                return self._only_few(queries, numbers)
+            expression = f"{expression} and {as_row_list(numbers)}"
         if not len(self):
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
         results = self._search(queries, depth, expression)

@@ -260,7 +260,7 @@ def test_the_smallest_index_is_taken_if_asked_for(build: Build, spaces: tuple[Pa
     assert (code, said["plan"]["promise"]["prefer"]) == (0, "memory")
     assert said["kind"] == min(meeting, key=lambda one: one["resident_bytes"])["kind"]
     with pytest.raises(UsageError, match="prefer = 'quality'; give balanced, speed or memory"):
-        vlm.build_index(spaces[0], tmp_path / "none", **{"prefer": "quality"})
+        vlm.build_index(spaces[0], tmp_path / "none", prefer="quality")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_target_that_nothing_meets_leaves_no_folder(build: Build, tmp_path: Path) -> None:

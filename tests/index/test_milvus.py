@@ -22,7 +22,7 @@ from vlm.cli.main import main
 from vlm.errors import UsageError, VlmError
 from vlm.index.ann.index_types import TuningParams
 from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter
-from vlm.index.engine_base import FilteredRows, check_index, open_engine_index, open_writer
+from vlm.index.engine_base import FilteredRows, check_index, open_engine_index, open_writer, row_set
 from vlm.index.filter_language import parse_filter
 from vlm.index.milvus.connection import MilvusAddress, MilvusConnection
 from vlm.index.milvus.milvus_writer import MilvusWriter, build_milvus_index
@@ -132,7 +132,7 @@ def test_the_commands_take_an_index_of_milvus(
         assert code == 2
         assert reason in err
     with pytest.raises(UsageError, match="engine = 'Milvus'; give faiss or milvus"):
-        vlm.build_index(embeddings, tmp_path / "b", **{"engine": "Milvus"})
+        vlm.build_index(embeddings, tmp_path / "b", engine="Milvus")  # pyright: ignore[reportArgumentType]
     assert not (tmp_path / "b").exists()
 
 
@@ -156,6 +156,14 @@ def test_python_calls_search_group_and_count_as_with_faiss(built: Path, embeddin
         reader = open_engine_index(folder)
         rows = reader.catalogue.where(parse_filter("width > 10"))
         counts = [reader.catalogue.count_values(name, top=3, rows=rows) for name in ("colour", "tags")]
+        # a set of rows is another form of the same selection
+        same_rows = row_set(rows)
+        assert [reader.catalogue.count_values(name, top=3, rows=same_rows) for name in ("colour", "tags")] == counts
+        query = reader.snapshot.vectors(np.array([3]))
+        for found, again in zip(
+            reader.snapshot.nearest(query, 4, rows), reader.snapshot.nearest(query, 4, same_rows), strict=True
+        ):
+            np.testing.assert_allclose(again, found, atol=1e-6)
         answers.append((hits, hint, counts, reader.catalogue.field_summaries()))
         reader.close()
     assert answers[0] == answers[1]
