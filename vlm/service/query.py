@@ -604,17 +604,14 @@ def open_export(spec: str, *, verify: bool = False) -> OnnxEncoder:
     Raises:
         UsageError: there is none, it is out of date, or onnxruntime is missing. VlmError: it is damaged.
     """
-    model, variant = split_model_spec(spec)
-    dimensions = variant if isinstance(variant, int) else None
-    if dimensions is not None:
-        model, variant = split_model_spec(model)
-    if split_model_spec(model)[1] is not None:
-        # of a dimension cut before the mirror: another space than #mirror#64
-        base = model
-        while (inner := split_model_spec(base))[1] is not None:
-            base = inner[0]
+    model, variants = _split_variants(spec)
+    is_mirrored = variants[:1] == [MIRROR]
+    cuts = variants[is_mirrored:]
+    # of vectors that are cut before something else is done to them: another space than #mirror#64
+    if len(cuts) > 1:
         raise UsageError(
-            f"An ONNX export serves {base}, {base}#64, {base}#mirror and {base}#mirror#64; {spec} is embedded by torch."
+            f"An ONNX export serves {model}, {model}#64, {model}#mirror and {model}#mirror#64; {spec} is embedded by "
+            "torch."
         )
     folder = export_folder(model)
     command = f"vlm export {shlex.quote(model)} --to onnx"
@@ -629,7 +626,18 @@ def open_export(spec: str, *, verify: bool = False) -> OnnxEncoder:
         raise UsageError(
             f"The ONNX export of {model} is not used: {reason} since it was made. Make it again: {command}"
         )
-    return OnnxEncoder(name=model, export=export, dimensions=dimensions, is_mirrored=variant == MIRROR)
+    dimensions = int(cuts[0]) if cuts else None
+    return OnnxEncoder(name=model, export=export, dimensions=dimensions, is_mirrored=is_mirrored)
+
+
+def _split_variants(spec: str) -> tuple[str, list[int | Literal["mirror"]]]:
+    """The model and its variants, in the order in which they are made of each other."""
+    variants: list[int | Literal["mirror"]] = []
+    model, variant = split_model_spec(spec)
+    while variant is not None:
+        variants.insert(0, variant)
+        model, variant = split_model_spec(model)
+    return model, variants
 
 
 def open_bulk_export(spec: str) -> OnnxEncoder:
