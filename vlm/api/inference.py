@@ -27,7 +27,14 @@ from vlm.evaluation.rejection import RejectRule, read_reject_rule
 from vlm.files import json_text
 from vlm.models.decoding_options import DecodingOptions
 from vlm.models.onnx_encoder import OnnxEncoder
-from vlm.service.query import Backend, embed_pixels, embed_query_texts, export_or_torch, load_query_encoder
+from vlm.service.query import (
+    Backend,
+    embed_pixels,
+    embed_query_texts,
+    export_or_torch,
+    load_encoder,
+    load_query_encoder,
+)
 from vlm.tensor_types import Array, Float32
 
 # imported where it is used: an ONNX export needs no torch
@@ -189,16 +196,10 @@ def load(
     Raises:
         UsageError: there is no such model or device. VlmError: its weights cannot be loaded.
     """
-    load_by_torch = partial(_load_by_torch, device=device, precision=precision)
+    from_torch = partial(load_encoder, device=device, precision=precision)
     choice = export_or_torch(backend, device=device, precision=precision)
-    encoder = load_query_encoder(str(model), backend=choice, load=load_by_torch)
+    encoder = load_query_encoder(str(model), backend=choice, load=from_torch)
     return Model(encoder)  # pyright: ignore[reportArgumentType]
-
-
-def _load_by_torch(spec: str, *, device: str, precision: str) -> "VisionLanguageModel":
-    from vlm.models.load import load_model
-
-    return load_model(spec, device=device, precision=precision)
 
 
 class Model:
@@ -469,7 +470,9 @@ def encoder_of(
         return model.encoder
     if not isinstance(model, str | Path):
         return model
-    return _load_by_torch(str(model), device=device, precision=precision)
+    from vlm.models.load import load_model
+
+    return load_model(str(model), device=device, precision=precision)
 
 
 def precision_name(model: "VisionLanguageModel") -> Literal["fp32", "bf16"]:

@@ -23,6 +23,7 @@ from vlm.data.decode import open_image
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.index.catalog import Entry
 from vlm.index.embeddings_folder import UNKNOWN
+from vlm.index.encoder import AnyEncoder
 from vlm.index.facets import FieldSummary, ValueCount
 from vlm.index.filter_language import parse_filter
 from vlm.index.metadata import metadata_fields
@@ -30,7 +31,7 @@ from vlm.index.reader import IndexSnapshot
 from vlm.index.row_map import RowMap
 from vlm.server.schemas import MAX_WORDS, ExplainRequest, MapRequest, decode_data_url, encode_data_url
 from vlm.service.images import read_image_bytes, thumbnail
-from vlm.service.query import Query, QueryEncoder, TextCache, embed_query_texts, load_query_encoder
+from vlm.service.query import Query, TextCache, embed_query_texts, load_query_encoder
 from vlm.service.ranking import rows_matching
 from vlm.service.search import RankedHit, SearchResult, SearchService, embed_query_images
 from vlm.tensor_types import Array, Float32
@@ -97,7 +98,7 @@ class ServedIndex:
         rerank_spec: str = "",
         shows_paths: bool = False,
         cache_size: int = 10_000,
-        load: Callable[[str], QueryEncoder] = load_query_encoder,
+        load: Callable[[str], AnyEncoder] = load_query_encoder,
     ) -> "ServedIndex":
         """Open an index folder; the model is loaded with the first query that needs it.
 

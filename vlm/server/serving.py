@@ -14,11 +14,12 @@ from typing import Any
 
 from vlm.console import pluralize
 from vlm.errors import UsageError, VlmError
+from vlm.index.encoder import AnyEncoder
 from vlm.results import Result
 from vlm.server.app import Service, create_app
 from vlm.server.guard import Limits, Tokens
 from vlm.server.served_index import ServedIndex
-from vlm.service.query import QueryEncoder, load_query_encoder
+from vlm.service.query import load_query_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def open_service(
     max_batch: int = 64,
     workers: int = 1,
     cors_origins: tuple[str, ...] = (),
-    load: Callable[[str], QueryEncoder] = load_query_encoder,
+    load: Callable[[str], AnyEncoder] = load_query_encoder,
 ) -> Service:
     """Open index folders by name; arguments as the options of `vlm serve`.
 

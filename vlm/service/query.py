@@ -28,7 +28,7 @@ import numpy as np
 
 from vlm.config import number_list, suggest, text_list
 from vlm.errors import UsageError, VlmError
-from vlm.index.encoder import Encoder
+from vlm.index.encoder import AnyEncoder, Encoder
 from vlm.model_spec import MIRROR, export_folder, is_onnx_folder, split_model_spec
 from vlm.models.onnx_encoder import OnnxEncoder, read_onnx_folder, stale_reason
 from vlm.tensor_types import Array, Float32, Float64, UInt8
@@ -475,7 +475,6 @@ logger = logging.getLogger(__name__)
 Backend = Literal["auto", "torch", "onnx"]
 BACKENDS: tuple[Backend, ...] = ("auto", "torch", "onnx")
 BACKEND_VARIABLE = "VLM_BACKEND"
-QueryEncoder = Encoder | OnnxEncoder
 
 
 def chosen_backend(option: str = "") -> Backend:
@@ -491,12 +490,12 @@ def chosen_backend(option: str = "") -> Backend:
     raise UsageError(f"There is no backend {name!r} ({BACKEND_VARIABLE}); {suggest(name, BACKENDS)}.")
 
 
-def load_encoder(spec: str) -> Encoder:
-    """The model a manifest names, by torch."""
+def load_encoder(spec: str, *, device: str = "auto", precision: str = "fp32") -> Encoder:
+    """A MODEL by torch; arguments and errors as of `load_model`."""
     # here, since most searches need no torch, which takes seconds to load
     from vlm.models.load import load_model
 
-    return cast(Encoder, load_model(spec))
+    return cast(Encoder, load_model(spec, device=device, precision=precision))
 
 
 def load_query_encoder(
@@ -506,7 +505,7 @@ def load_query_encoder(
     prefers_gpu: bool = False,
     load: Callable[[str], Encoder] = load_encoder,
     verify: bool = False,
-) -> QueryEncoder:
+) -> AnyEncoder:
     """What embeds the queries of a MODEL on this machine.
 
     prefers_gpu: torch is taken where there is a GPU: for many queries or images at once. load: the model by torch.
@@ -533,8 +532,10 @@ def load_query_encoder(
 
 def log_unused_export(reason: VlmError) -> None:
     """Say why torch is used: a damaged export is a warning, one that was never made is not."""
-    level = logging.INFO if isinstance(reason, UsageError) else logging.WARNING
-    logger.log(level, f"{reason}" if level == logging.INFO else f"Torch is used instead of the ONNX export: {reason}")
+    if isinstance(reason, UsageError):
+        logger.info(str(reason))
+    else:
+        logger.warning(f"Torch is used instead of the ONNX export: {reason}")
 
 
 def export_or_torch(backend: str, *, device: str, precision: str, needs_network: bool = False) -> Backend:
@@ -562,7 +563,7 @@ def export_or_torch(backend: str, *, device: str, precision: str, needs_network:
 
 def load_bulk_encoder(
     spec: str, *, device: str, precision: str, backend: Backend | Literal[""], needs_network: bool
-) -> QueryEncoder:
+) -> AnyEncoder:
     """What embeds many images and texts of a MODEL: its ONNX export where that gives the same figures or is asked for.
 
     An export runs on the CPU, in float32, and gives unit vectors alone; for anything else (a device, a precision, or
@@ -570,7 +571,7 @@ def load_bulk_encoder(
 
     Raises: as of `load_query_encoder` and `export_or_torch`.
     """
-    from_torch = partial(_load_by_torch, device=device, precision=precision)
+    from_torch = partial(load_encoder, device=device, precision=precision)
     choice = export_or_torch(backend, device=device, precision=precision, needs_network=needs_network)
     encoder = load_query_encoder(spec, backend=choice, load=from_torch, verify=True)
     if not isinstance(encoder, OnnxEncoder):
@@ -583,13 +584,7 @@ def load_bulk_encoder(
     return replace(encoder, is_bulk=True)
 
 
-def _load_by_torch(spec: str, *, device: str, precision: str) -> Encoder:
-    from vlm.models.load import load_model
-
-    return cast(Encoder, load_model(spec, device=device, precision=precision))
-
-
-def query_loader(*, backend: str = "", prefers_gpu: bool = False) -> "partial[QueryEncoder]":
+def query_loader(*, backend: str = "", prefers_gpu: bool = False) -> "partial[AnyEncoder]":
     """`load_query_encoder` with its options set.
 
     Raises:
@@ -648,7 +643,7 @@ def open_bulk_export(spec: str) -> OnnxEncoder:
     return replace(open_export(spec, verify=True), is_bulk=True)
 
 
-def embed_pixels(encoder: QueryEncoder, pixels: UInt8[Array, "B 3 H W"]) -> Float32[Array, "B D"]:
+def embed_pixels(encoder: AnyEncoder, pixels: UInt8[Array, "B 3 H W"]) -> Float32[Array, "B D"]:
     """Unit vectors of images as the encoder's `view` gives them."""
     if isinstance(encoder, OnnxEncoder):
         return encoder.embed_images(pixels)
@@ -657,7 +652,7 @@ def embed_pixels(encoder: QueryEncoder, pixels: UInt8[Array, "B 3 H W"]) -> Floa
     return encoder.embed_images(torch.from_numpy(pixels)).numpy()
 
 
-def embed_query_texts(encoder: QueryEncoder, texts: Sequence[str]) -> Float32[Array, "T D"]:
+def embed_query_texts(encoder: AnyEncoder, texts: Sequence[str]) -> Float32[Array, "T D"]:
     """Unit vectors of texts."""
     return np.asarray(encoder.embed_texts(texts))
 
@@ -681,7 +676,7 @@ class TextCache:
         self._vectors: OrderedDict[str, Float32[Array, " D"]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def embed(self, encoder: QueryEncoder, texts: Sequence[str]) -> Float32[Array, "T D"]:
+    def embed(self, encoder: AnyEncoder, texts: Sequence[str]) -> Float32[Array, "T D"]:
         """Unit vectors of texts; always of the same encoder."""
         with self._lock:
             known = {text: self._vectors[text] for text in texts if text in self._vectors}

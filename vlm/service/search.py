@@ -22,13 +22,12 @@ from vlm.data.tokenizers import cut_texts
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.index.ann.faiss_search import CopyToGpu
 from vlm.index.embeddings_folder import UNKNOWN
-from vlm.index.encoder import Encoder
+from vlm.index.encoder import AnyEncoder, Encoder
 from vlm.index.engine_base import EngineIndex, EngineSnapshot, Entry, Hit, RowSelection, open_engine_index
 from vlm.model_spec import absolute_spec
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.service.query import (
     Query,
-    QueryEncoder,
     TextCache,
     embed_pixels,
     embed_query_texts,
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LoadEncoder = Callable[[str], QueryEncoder]
+LoadEncoder = Callable[[str], AnyEncoder]
 
 # two opposite unit vectors computed in float32 leave about 1e-7; a sum this short has no direction
 _MIN_SUM_LENGTH = 1e-5
@@ -202,7 +201,7 @@ class SearchService:
     refreshes: bool = True
     text_cache: TextCache | None = None
     optional_fields: frozenset[str] = frozenset()
-    _model: QueryEncoder | None = field(default=None, init=False, repr=False)
+    _model: AnyEncoder | None = field(default=None, init=False, repr=False)
     _text_encoder: "tuple[str, vlm.models.model.VisionLanguageModel] | None" = field(
         default=None, init=False, repr=False
     )
@@ -225,7 +224,7 @@ class SearchService:
         self.index.close()
 
     @property
-    def model(self) -> QueryEncoder:
+    def model(self) -> AnyEncoder:
         """The model, whose embedding space is that of the index.
 
         Raises:
@@ -343,7 +342,7 @@ class SearchService:
                 results.append(self._rank(ranker, reranker, null, embed_milliseconds))
         return results
 
-    def _ready_model(self, queries: Sequence[Query]) -> QueryEncoder | None:
+    def _ready_model(self, queries: Sequence[Query]) -> AnyEncoder | None:
         """The model with all that embeds the queries in memory; None if they need none."""
         has_texts = any(query.texts or query.minus for query in queries)
         has_images = any(query.images for query in queries)
@@ -375,7 +374,7 @@ class SearchService:
         return PolyEncoderReranker(self.poly_encoder, self.text_encoder, query, snapshot)
 
     def _embed(
-        self, model: QueryEncoder | None, named_queries: Sequence[tuple[str, Query]], snapshot: EngineSnapshot
+        self, model: AnyEncoder | None, named_queries: Sequence[tuple[str, Query]], snapshot: EngineSnapshot
     ) -> list[Float32[Array, " D"]]:
         """The unit vector of each query; queries of items and vectors alone need no model."""
         all_texts: list[str] = []
@@ -396,7 +395,7 @@ class SearchService:
                 query_vectors.append(combine_terms(terms, np.asarray(query.signed_weights(), np.float32)))
         return query_vectors
 
-    def _embed_texts(self, model: QueryEncoder, texts: Sequence[str]) -> Float32[Array, "T D"]:
+    def _embed_texts(self, model: AnyEncoder, texts: Sequence[str]) -> Float32[Array, "T D"]:
         return self.text_cache.embed(model, texts) if self.text_cache else embed_query_texts(model, texts)
 
     def _rank(
@@ -468,7 +467,7 @@ def _resolve_filters(
     return allowed_rows
 
 
-def embed_query_images(model: QueryEncoder, images: Sequence[Path | bytes]) -> list[Float32[Array, " D"]]:
+def embed_query_images(model: AnyEncoder, images: Sequence[Path | bytes]) -> list[Float32[Array, " D"]]:
     """A unit vector for each image.
 
     Raises:
@@ -477,7 +476,7 @@ def embed_query_images(model: QueryEncoder, images: Sequence[Path | bytes]) -> l
     return list(embed_pixels(model, np.stack([_load_query_image(model, image) for image in images])))
 
 
-def _load_query_image(model: QueryEncoder, image: Path | bytes) -> np.ndarray:
+def _load_query_image(model: AnyEncoder, image: Path | bytes) -> np.ndarray:
     name = "the image" if isinstance(image, bytes) else str(image)
     try:
         data = image if isinstance(image, bytes) else image.read_bytes()
