@@ -121,7 +121,8 @@ class EmbedOptions:
 
     model_spec: what the model was loaded from; stored as an absolute path, so that a search finds it again.
     batch_size: auto tries which is fastest, and keeps it when the work is resumed.
-    workers: processes that read and decode ahead of the model; with 0, reading and the model take turns.
+    workers: that read and decode ahead of the model, processes for torch and threads for an ONNX export; with 0,
+        reading and the model take turns.
     allow_damage: embed what precedes the damage of a truncated tar.
     selection: embed only the samples it names, each once.
     is_compiled: let torch compile the image tower.
@@ -260,37 +261,74 @@ class _Output:
         self.new_rows += len(part.origins)
 
 
+def find_complete(
+    model: AnyEncoder, shards: Sequence[str], folders: Mapping[Modality, Path], options: EmbedOptions
+) -> dict[Modality, EmbedSummary] | None:
+    """What folders hold that are complete already, whichever backend made their rows; None where one is not whole.
+
+    model: only its fingerprint and size are asked for.
+
+    Raises:
+        UsageError: a folder holds something else, or the work of another model or of other shards.
+    """
+    started = time.perf_counter()
+    plan = EmbedPlan.make(model, shards, folders, options)
+    outputs: list[_Output] = []
+    for modality, path in folders.items():
+        if not is_complete(path):
+            return None
+        backend = recorded_configuration(path).get("backend", "torch")
+        output = _open_complete(path, _space(model, plan, modality), _identity(plan, modality, backend))
+        if output is None:
+            return None
+        outputs.append(output)
+    seconds = time.perf_counter() - started
+    return {output.space.modality: _summary(output, len(shards), seconds, ended_here=False) for output in outputs}
+
+
 def _open_output(model: AnyEncoder, plan: EmbedPlan, modality: Modality) -> _Output:
     """Begin or resume a folder, or open a complete one; a complete but damaged one is resumed."""
     path = plan.folders[modality]
-    options = plan.options
-    identity: dict[str, Any] = {"modality": modality, **plan.inputs, "addresses": plan.shards}
-    identity |= asdict(options.storage)
-    # rows in float32 and bfloat16 differ by more than rounding, those of two backends in their last bits
-    identity |= {"precision": options.precision, "backend": backend_of(model)}
+    space = _space(model, plan, modality)
+    identity = _identity(plan, modality, backend_of(model))
     if not is_complete(path):
         _as_earlier_versions(path, identity)
-    space = EmbeddingSpace(
-        model=absolute_spec(options.model_spec),
-        fingerprint=model.fingerprint,
-        dimension=model.embedding_size,
-        modality=modality,
-    )
-    if not is_complete(path):
         try:
-            writer = EmbeddingsWriter(path, space=space, identity=identity, storage=options.storage)
+            writer = EmbeddingsWriter(path, space=space, identity=identity, storage=plan.options.storage)
             return _Output(path=path, space=space, writer=writer)
         except UsageError:
             # unless another process has finished it just now
             if not is_complete(path):
                 raise
+    if output := _open_complete(path, space, identity):
+        return output
+    _reopen(path, identity)
+    # unfinished now, or complete again where another process repaired it meanwhile
+    return _open_output(model, plan, modality)
 
+
+def _space(model: AnyEncoder, plan: EmbedPlan, modality: Modality) -> EmbeddingSpace:
+    return EmbeddingSpace(
+        model=absolute_spec(plan.options.model_spec),
+        fingerprint=model.fingerprint,
+        dimension=model.embedding_size,
+        modality=modality,
+    )
+
+
+def _identity(plan: EmbedPlan, modality: Modality, backend: str) -> dict[str, Any]:
+    """What the rows of a folder depend on."""
+    identity: dict[str, Any] = {"modality": modality, **plan.inputs, "addresses": plan.shards}
+    identity |= asdict(plan.options.storage)
+    # rows in float32 and bfloat16 differ by more than rounding, those of two backends in their last bits
+    return identity | {"precision": plan.options.precision, "backend": backend}
+
+
+def _open_complete(path: Path, space: EmbeddingSpace, identity: dict[str, Any]) -> _Output | None:
+    """Open a complete folder; None where a file of it is missing or damaged."""
     manifest = check_compatible(path, identity)
-    if fault := first_mismatch(path, manifest.files, verify=True):
-        logger.info(f"{path} was complete: {fault}. The damaged parts are made again.")
-        _reopen(path, identity)
-        # unfinished now, or complete again where another process repaired it meanwhile
-        return _open_output(model, plan, modality)
+    if first_mismatch(path, manifest.files, verify=True):
+        return None
     remove_leftovers(path)
     logger.info(f"{path} is complete already: {manifest.counts['rows']:,} rows of this model and these shards.")
     return _Output(path=path, space=space, writer=None, manifest=manifest)
@@ -319,7 +357,8 @@ def _reopen(path: Path, identity: dict[str, Any]) -> None:
         if not is_complete(path):
             return
         manifest = check_compatible(path, identity)
-        if first_mismatch(path, manifest.files, verify=True):
+        if fault := first_mismatch(path, manifest.files, verify=True):
+            logger.info(f"{path} was complete: {fault}. The damaged parts are made again.")
             # repaired parts must equal those that were damaged, bit for bit
             save_batch_size(path, manifest.details["batch_size"])
             mark_unfinished(path, kind="embeddings", configuration=identity)

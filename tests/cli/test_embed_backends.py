@@ -1,5 +1,6 @@
 """`vlm embed` by a model's ONNX export and by torch: which of them is taken, and what their rows have in common."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 
 import vlm
-from tests.random_model import write_random_model
+from tests.random_model import random_model, write_random_model
 from vlm.cli.main import main
+from vlm.data.tokenizers import open_tokenizer
 from vlm.errors import UsageError, VlmError
 from vlm.index.embeddings_folder import Embeddings
 from vlm.manifest import mark_unfinished
-from vlm.models.load import load_model
+from vlm.models.load import load_model, save_model_folder
 from vlm.service.query import Backend, open_bulk_export, open_export
 
 BOUND = 1e-6
@@ -136,6 +138,47 @@ def test_an_export_that_is_gone_is_asked_for_where_work_was_begun_with_it(export
     assert main([*words[:3], str(tmp_path / "other")]) == 0
     assert f"vlm export {model} --to onnx" in capsys.readouterr().err
     assert backend_in(tmp_path / "other") == "torch"
+
+
+@pytest.mark.parametrize("lost", ["export", "onnxruntime", "weights of the export"])
+def test_complete_work_of_an_export_is_complete_without_it(exported, shards, tmp_path, monkeypatch, lost):
+    model = shutil.copytree(exported, tmp_path / "model", copy_function=shutil.copyfile)
+    options: dict[str, Any] = {"modality": "both", "quantize": ("int8",)}
+    made = vlm.embed(model, shards, tmp_path / "out", **options)
+    before = files_of(tmp_path / "out")
+    if lost == "export":
+        shutil.rmtree(model / "onnx")
+    elif lost == "onnxruntime":
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == lost else find_spec(name))
+    else:
+        weights = max((model / "onnx").iterdir(), key=lambda path: path.stat().st_size)
+        weights.write_bytes(weights.read_bytes()[:-1000] + bytes(1000))
+    for more in ({}, {"processes": 2}, {"backend": "onnx"}):
+        found = vlm.embed(model, shards, tmp_path / "out", **options, **more)
+        assert all(summary.was_complete and not summary.new_rows for summary in found.summaries)
+        assert [summary.rows for summary in found.summaries] == [summary.rows for summary in made.summaries]
+    assert files_of(tmp_path / "out") == before
+    # what was asked for is compared all the same
+    with pytest.raises(UsageError, match="complete, but was made with another codes"):
+        vlm.embed(model, shards, tmp_path / "out", modality="both")
+    with pytest.raises(UsageError, match="begun with the backend onnx, and holds rows of one only"):
+        vlm.embed(model, shards, tmp_path / "out", **options, backend="torch")
+
+
+def test_complete_work_of_an_export_is_not_that_of_another_model(exported, shards, tmp_path, scene_tokenizer):
+    model = shutil.copytree(exported, tmp_path / "model", copy_function=shutil.copyfile)
+    vlm.embed(model, shards, tmp_path / "out")
+    shutil.rmtree(model)
+    save_model_folder(model, random_model("tiny", open_tokenizer(str(scene_tokenizer), 24), seed=1), inputs={})
+    with pytest.raises(UsageError, match="complete, but was made with another model"):
+        vlm.embed(model, shards, tmp_path / "out")
+    # of an export without its model nothing else tells
+    shutil.move(shutil.copytree(exported / "onnx", tmp_path / "alone"), tmp_path / "moved")
+    vlm.embed(tmp_path / "moved", shards, tmp_path / "other")
+    (tmp_path / "moved" / "image.onnx").unlink()
+    with pytest.raises(VlmError, match=r"image\.onnx is missing or damaged; export the model again"):
+        vlm.embed(tmp_path / "moved", shards, tmp_path / "other")
 
 
 def test_a_folder_from_before_backends_were_noted_is_torch_s(exported, shards, tmp_path):

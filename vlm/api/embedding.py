@@ -10,11 +10,11 @@ from vlm.data.pack import shards_at
 from vlm.data.selection import read_selection
 from vlm.data.shards import Shards, join_shards
 from vlm.errors import UsageError, VlmError, os_errors_explained
-from vlm.index.embed import SINGLE_PROCESS, EmbedOptions, EmbedSummary, ProcessRank, embed_into
+from vlm.index.embed import SINGLE_PROCESS, EmbedOptions, EmbedSummary, ProcessRank, embed_into, find_complete
 from vlm.index.embeddings_folder import Modality, VectorStorage
 from vlm.index.encoder import AnyEncoder
 from vlm.launch import run_in_processes
-from vlm.manifest import MANIFEST, PROGRESS, recorded_configuration
+from vlm.manifest import MANIFEST, PROGRESS, is_complete, recorded_configuration
 from vlm.models.decoding_options import DecodingOptions
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.ray_engine import Engine, RayCluster, check_engine
@@ -25,8 +25,10 @@ from vlm.service.query import (
     export_or_torch,
     has_gpu,
     load_bulk_encoder,
+    load_encoder,
     log_unused_export,
     open_bulk_export,
+    open_export,
 )
 from vlm.storage import is_remote
 
@@ -130,6 +132,8 @@ def embed(
     check_processes(processes)
     if engine != "local" or ray_address is not None:
         check_engine(engine, ray_address)
+    if (complete := job.find_complete()) is not None:
+        return complete
     if engine == "ray":
         return job.run_on_cluster(processes, ray_address)
     if processes == 1:
@@ -262,24 +266,47 @@ class _EmbedJob:
 
     def run(self) -> EmbedResult:
         """Load the model and embed this process's share."""
-        rank = ProcessRank.from_environment()
-        options = replace(
-            self.options, share=rank, selection=read_selection(self.selection) if self.selection else None
-        )
-        shards = shards_at(self.shards)
+        options = self._own_options()
         model = self.model
         if isinstance(model, str):
             backend = self._chosen_backend()
             model = load_bulk_encoder(
                 model,
                 # an export runs on the CPU, whatever GPU a rank would have
-                device="cpu" if backend == "onnx" else _device_of_rank(self.device, rank),
+                device="cpu" if backend == "onnx" else _device_of_rank(self.device, options.share),
                 precision=options.precision,
                 backend=backend,
                 needs_network=options.is_compiled,
             )
-        summaries = embed_into(model, shards, self.folders, options)
-        return EmbedResult(image=summaries.get("image"), text=summaries.get("text"), share=rank)
+        summaries = embed_into(model, shards_at(self.shards), self.folders, options)
+        return EmbedResult(image=summaries.get("image"), text=summaries.get("text"), share=options.share)
+
+    def find_complete(self) -> EmbedResult | None:
+        """What the folders hold where an export has made all rows; None where anything is left to embed.
+
+        The model's fingerprint is all that is asked for then, which torch knows where the export cannot be opened.
+        """
+        is_whole = all(map(is_complete, self.folders.values()))
+        if not isinstance(self.model, str) or not is_whole or self._chosen_backend() != "onnx":
+            return None
+        try:
+            model = open_export(self.model)
+        except VlmError as error:
+            try:
+                model = load_encoder(self.model, device="cpu")
+            except VlmError:
+                # there is an export alone, as where MODEL names one
+                raise error from None
+        options = self._own_options()
+        summaries = find_complete(model, shards_at(self.shards), self.folders, options)
+        if summaries is None:
+            return None
+        return EmbedResult(image=summaries.get("image"), text=summaries.get("text"), share=options.share)
+
+    def _own_options(self) -> EmbedOptions:
+        """The options with what each process finds for itself."""
+        selection = read_selection(self.selection) if self.selection else None
+        return replace(self.options, share=ProcessRank.from_environment(), selection=selection)
 
     def run_on_cluster(self, processes: int, ray_address: str | None) -> EmbedResult:
         """Have processes of a Ray cluster embed all of it."""
