@@ -12,6 +12,7 @@ embeddings, vectors are synthetic: clusters of images, and texts across a modali
 """
 
 import importlib.metadata
+import json
 import shlex
 import sys
 import tempfile
@@ -25,6 +26,7 @@ import tyro
 
 from vlm.console import progress, show_json, show_table
 from vlm.errors import UsageError, VlmError
+from vlm.files import write_text
 from vlm.index.autotune.query_sampling import exact_scores
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -36,6 +38,7 @@ from parts.messages import say
 GRAPHS = ("hnswlib==0.8.0", "usearch==2.26.6", "psutil")
 CHOSEN, GRAPH = "ours, chosen", "ours, hnsw"
 BESIDE_CHOSEN = ("bare FAISS", "autofaiss")
+_MADE_FROM = "made-from.json"
 _MEASURED = ("recall@1", "recall@10", "recall@100", "p50_ms", "p95_ms", "questions_per_s")
 
 
@@ -103,8 +106,7 @@ def run(arguments: Arguments) -> None:
     """Run the measurements and print the results."""
     with tempfile.TemporaryDirectory() as name:
         folder = arguments.keep or Path(name)
-        is_kept = (folder / "planned_truth.npy").is_file()
-        shape = np.load(folder / "rows.npy", mmap_mode="r").shape if is_kept else _write(arguments, folder)
+        shape = _kept_shape(arguments, folder) or _write(arguments, folder)
         result = _compare(arguments, folder) | {
             "command": shlex.join(["benchmarks/run", "index_search", *sys.argv[1:]]),
             "shape": shape,
@@ -113,6 +115,28 @@ def run(arguments: Arguments) -> None:
         show_json(result)
     else:
         _show(result)
+
+
+def _made_from(arguments: Arguments) -> dict[str, str]:
+    names = ("rows", "dimension", "questions", "seed", "decay", "images", "texts")
+    return {name: str(getattr(arguments, name)) for name in names}
+
+
+def _kept_shape(arguments: Arguments, folder: Path) -> tuple[int, ...] | None:
+    """The shape of the rows that a run before kept; None where there are none.
+
+    Raises:
+        UsageError: they were made from other options.
+    """
+    if not (folder / _MADE_FROM).is_file():
+        return None
+    kept = json.loads((folder / _MADE_FROM).read_text(encoding="utf-8"))
+    for name, value in _made_from(arguments).items():
+        if kept[name] != value:
+            raise UsageError(
+                f"--keep {folder} holds vectors of --{name} {kept[name]}, not {value}; give that, or another folder."
+            )
+    return np.load(folder / "rows.npy", mmap_mode="r").shape
 
 
 def _write(arguments: Arguments, folder: Path) -> tuple[int, int]:
@@ -137,6 +161,8 @@ def _write(arguments: Arguments, folder: Path) -> tuple[int, int]:
     np.save(folder / "truth.npy", exact_scores([rows], asked, 100))
     np.save(folder / "planned.npy", planned)
     np.save(folder / "planned_truth.npy", exact_scores([rows], planned, 100))
+    # last: without it, what lies there was not finished
+    write_text(folder / _MADE_FROM, json.dumps(_made_from(arguments)))
     return len(rows), rows.shape[1]
 
 
