@@ -3,13 +3,12 @@
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import tyro
 
-from vlm.cli.options import JsonOption
+from vlm.cli.options import JsonOption, PresetArgument, preset_defaults
 from vlm.console import percent, quoted, show_json, show_table
-from vlm.train.presets import PRESETS, open_preset
 from vlm.train.run_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -28,8 +27,7 @@ class Mixture:
     the runs. Repeat the command to go on after an interruption, or with more --probes: finished runs are read.
     """
 
-    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
-    """Preset, TOML file, run folder, or open_clip architecture."""
+    preset: PresetArgument
 
     probes: int = 16
     """Runs with drawn weights; two more than there are sources at the least, four for each source are better."""
@@ -50,9 +48,7 @@ class Mixture:
     @classmethod
     def defaults(cls, words: list[str]) -> "Mixture":
         """The configuration of the preset, as for `vlm train`."""
-        if not words or words[0].startswith("-"):
-            return cls(preset=tyro.MISSING, config=next(iter(PRESETS.values()))[1])
-        return cls(preset=words[0], config=open_preset(words[0]))
+        return cls(**preset_defaults(words))
 
     def run(self) -> None:
         """Train or read the probes, fit, check, draw, show."""

@@ -40,6 +40,19 @@ def parse_numbers(text: str, option: str) -> tuple[float, ...]:
         raise UsageError(f"{option} {text!r} is not a list of numbers; write them as 0.7,0.3.") from error
 
 
+def preset_defaults(words: list[str], *, resume: bool = False) -> dict[str, Any]:
+    """The fields `preset` and `config` of a verb whose first word is a PRESET.
+
+    Without a preset the configuration is that of the first one, for the help text. resume: as of `open_preset`.
+    """
+    # here: most verbs have no configuration of a run
+    from vlm.train.presets import PRESETS, open_preset
+
+    if not words or words[0].startswith("-"):
+        return {"preset": tyro.MISSING, "config": next(iter(PRESETS.values()))[1]}
+    return {"preset": words[0], "config": open_preset(words[0], resume=resume)}
+
+
 # types rather than a base class, so that each verb lists its options in its own order
 ModelArgument = Annotated[
     str,
@@ -57,6 +70,11 @@ ModelArguments = Annotated[
         help="Run folder, checkpoint, model folder, Hugging Face folder or ORGANISATION/NAME, open_clip NAME:WEIGHTS; "
         "with --suite several, of which the first is the baseline.",
     ),
+]
+PresetArgument = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="PRESET", help="Preset, TOML file, run folder, or open_clip architecture."),
 ]
 ShardsArgument = Annotated[
     str,

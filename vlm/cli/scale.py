@@ -3,13 +3,12 @@
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from vlm.cli.options import JsonOption
+from vlm.cli.options import JsonOption, PresetArgument, preset_defaults
 from vlm.console import show_json, show_table
-from vlm.train.presets import PRESETS, open_preset
 from vlm.train.run_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -30,8 +29,7 @@ class Scale:
     are read.
     """
 
-    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
-    """Preset, TOML file, run folder, or open_clip architecture."""
+    preset: PresetArgument
 
     shares: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
     """Sizes as shares of the shards; five different ones or more."""
@@ -61,9 +59,7 @@ class Scale:
     @classmethod
     def defaults(cls, words: list[str]) -> "Scale":
         """The configuration of the preset, as for `vlm train`."""
-        if not words or words[0].startswith("-"):
-            return cls(preset=tyro.MISSING, config=next(iter(PRESETS.values()))[1])
-        return cls(preset=words[0], config=open_preset(words[0]))
+        return cls(**preset_defaults(words))
 
     def run(self) -> None:
         """Train or read the runs, fit, draw, show."""

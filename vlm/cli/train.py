@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from vlm.cli.options import JsonOption, ShardsArgument, WorkersOption, call_options
+from vlm.cli.options import (
+    JsonOption,
+    PresetArgument,
+    ShardsArgument,
+    WorkersOption,
+    call_options,
+    preset_defaults,
+)
 from vlm.console import quoted, show_fields, show_json, show_table, spaced_names
-from vlm.train.presets import PRESETS, open_preset
 from vlm.train.run_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -30,8 +36,7 @@ class Train:
     preset that it names: preset = "tiny" in its first line, then settings, those of a group in its [table].
     """
 
-    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
-    """Preset, TOML file, run folder, or open_clip architecture."""
+    preset: PresetArgument
 
     resume: bool = False
     """Resume from the newest checkpoint of the run, if there is one."""
@@ -49,9 +54,7 @@ class Train:
     @classmethod
     def defaults(cls, words: list[str]) -> "Train":
         """The configuration of the preset; without one that of the first preset, for the help text."""
-        if not words or words[0].startswith("-"):
-            return cls(preset=tyro.MISSING, config=next(iter(PRESETS.values()))[1])
-        return cls(preset=words[0], config=open_preset(words[0], resume="--resume" in words))
+        return cls(**preset_defaults(words, resume="--resume" in words))
 
     def run(self) -> None:
         """Train, then show the summary on the main process."""
