@@ -1,4 +1,4 @@
-"""Shards to trained models: `vlm.train`, `scale`, `soup`, `reinforce`."""
+"""Shards to trained models: `vlm.train`, `scale`, `fit_mixture`, `soup`, `reinforce`."""
 
 import contextlib
 import os
@@ -64,10 +64,8 @@ def train(
         UsageError: the configuration cannot work, or does not fit the run that is resumed.
         VlmError: the run had to end; what it has saved is kept.
     """
-    config = preset if isinstance(preset, TrainConfig) else open_preset(str(preset), resume=resume)
-    job = _TrainJob(
-        _overridden(config, data, val, run, settings), resume=resume, allow=tuple(text_list(allow, "allow"))
-    )
+    config = _configuration(preset, data, val, run, settings, resume=resume)
+    job = _TrainJob(config, resume=resume, allow=tuple(text_list(allow, "allow")))
     check_processes(processes)
     if processes == 1:
         return job.run()
@@ -111,8 +109,7 @@ def scale(
     Raises:
         UsageError: too few sizes or runs for a fit, or a configuration that cannot work. VlmError: a run had to end.
     """
-    config = preset if isinstance(preset, TrainConfig) else open_preset(str(preset))
-    config = _overridden(config, data, val, run, settings)
+    config = _configuration(preset, data, val, run, settings)
     _check_alone("scale")
     with _memory_error_explained(config, "repeat the command with it and another --run"):
         return measure_scaling(
@@ -154,8 +151,7 @@ def fit_mixture(
     Raises:
         UsageError: one source, too few probes, or a configuration that cannot work. VlmError: a run had to end.
     """
-    config = preset if isinstance(preset, TrainConfig) else open_preset(str(preset))
-    config = _overridden(config, data, val, run, settings)
+    config = _configuration(preset, data, val, run, settings)
     _check_alone("mixture")
     with _memory_error_explained(config, "repeat the command with it and another --run"):
         return measure_mixture(config, probes=probes, seeds=seeds, metric=metric, concentration=concentration)
@@ -170,9 +166,17 @@ def _check_alone(verb: str) -> None:
         )
 
 
-def _overridden(
-    config: TrainConfig, data: Shards | None, val: Shards | None, run: str | Path | None, settings: dict[str, Any]
+def _configuration(
+    preset: str | Path | TrainConfig,
+    data: Shards | None,
+    val: Shards | None,
+    run: str | Path | None,
+    settings: dict[str, Any],
+    *,
+    resume: bool = False,
 ) -> TrainConfig:
+    """The preset's, with what the call sets; arguments as of `train`."""
+    config = preset if isinstance(preset, TrainConfig) else open_preset(str(preset), resume=resume)
     for name, value in (("data", data), ("val", val), ("val_other", settings.get("val_other"))):
         if value is not None:
             settings[name] = join_shards(value)
