@@ -14,6 +14,7 @@ from vlm.data.transforms import TokenGrid
 from vlm.errors import UsageError, VlmError
 from vlm.models.load import load_model
 from vlm.models.onnx_export import export_onnx
+from vlm.service.query import open_export
 from vlm.train.run import train
 
 TOWERS = (
@@ -63,6 +64,11 @@ def test_a_run_whose_images_keep_their_shape_resumes_and_its_model_sees_them_so(
     assert torch.allclose(together[:1], model.embed_images(views[0][None]), atol=1e-5)
     with pytest.raises(VlmError, match="has no ONNX form"):
         export_onnx(model, photos / "onnx", spec=whole.run, source=None)
+    # so of its mirror variant there is none either, by torch or by an export
+    with pytest.raises(UsageError, match="images keep their shape there; leave #mirror out"):
+        load_model(f"{whole.run}#mirror")
+    with pytest.raises(UsageError, match="has no ONNX export"):
+        open_export(f"{whole.run}#mirror")
 
 
 @pytest.mark.parametrize(
