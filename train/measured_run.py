@@ -15,7 +15,7 @@ import numpy as np
 from vlm.config import from_toml, lookup
 from vlm.console import without_progress
 from vlm.data.samples import select_languages
-from vlm.errors import BadSample, UsageError
+from vlm.errors import BadSample, UsageError, VlmError
 from vlm.evaluation.evaluation_set import EvaluationSet, open_evaluation_set
 from vlm.evaluation.features import EvaluatedModel
 from vlm.files import write_text
@@ -25,7 +25,7 @@ from vlm.models.model import VisionLanguageModel
 from vlm.tensor_types import Array, Float, Float32, Int64
 from vlm.train.averaging import parse_metric, recall_metrics
 from vlm.train.feature_cache import evaluated_paths, keep_evaluated_features
-from vlm.train.history import CONFIG, format_metric, read_run
+from vlm.train.history import CONFIG, RunRecord, format_metric, read_run
 from vlm.train.run import train
 from vlm.train.run_config import FREE_OF_SCORES, TrainConfig, changed_settings, disallowed_changes
 
@@ -73,11 +73,24 @@ def format_score(metric: str, score: float) -> str:
     return format_metric(metric, score)
 
 
+def check_score(metric: str, score: float, run: str) -> None:
+    """Refuse a score that no fit can use. run: its name in the message.
+
+    Raises:
+        VlmError: it is no finite number.
+    """
+    if not np.isfinite(score):
+        raise VlmError(
+            f"{run} ends with {metric} {score}, which no fit can use: its training diverged. Give a lower "
+            "--learning-rate, and another --run."
+        )
+
+
 def measure_run(config: TrainConfig, metric: str) -> MeasuredRun:
     """Train a run, or go on with it, or read it where it is finished.
 
     Raises:
-        UsageError: the folder holds a run with other settings. VlmError: the run had to end.
+        UsageError: the folder holds a run with other settings. VlmError: the run had to end, or its score is no number.
     """
     folder = Path(config.run)
     # the manifest is written last; a run that was cut off while it computed features has its configuration alone
@@ -92,22 +105,25 @@ def measure_run(config: TrainConfig, metric: str) -> MeasuredRun:
             "name another --run for these, or remove it."
         )
     record = read_run(folder)
+    score = _kept_loss(config) if metric == LOSS else _logged_recall(record, metric)
+    # now, rather than after all other runs of the fit
+    check_score(metric, score, str(folder))
     counted = [record.telemetry.get(f"{way}_flops_per_sample") for way in ("forward", "backward")]
     return MeasuredRun(
         run=str(folder),
         steps=record.planned_steps,
         samples_seen=record.planned_steps * config.batch_size,
         flops_per_sample=sum(filter(None, counted)) if all(counted) else None,
-        score=_kept_loss(config) if metric == LOSS else _logged_recall(folder, metric),
+        score=score,
     )
 
 
-def _logged_recall(folder: Path, metric: str) -> float:
+def _logged_recall(record: RunRecord, metric: str) -> float:
     recalls = parse_metric(metric)
-    for line in reversed(read_run(folder).lines):
+    for line in reversed(record.lines):
         if all(name in line for name in recalls):
             return float(np.mean([line[name] for name in recalls]))
-    raise UsageError(f"{folder} has not measured {metric}; remove it, and it is trained again.")
+    raise UsageError(f"{record.folder} has not measured {metric}; remove it, and it is trained again.")
 
 
 def _kept_loss(config: TrainConfig) -> float:

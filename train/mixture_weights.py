@@ -20,11 +20,11 @@ import numpy as np
 
 from vlm.data.corpus import MIXTURE_SUFFIX, Source, read_sources
 from vlm.data.shards import expand_shards
-from vlm.errors import UsageError, VlmError
+from vlm.errors import UsageError
 from vlm.files import compute_fingerprint, write_text
 from vlm.results import Result
 from vlm.tensor_types import Array, Float
-from vlm.train.measured_run import check_metric, error_of, format_score, measure_run
+from vlm.train.measured_run import check_metric, check_score, error_of, format_score, measure_run
 from vlm.train.run_config import TrainConfig
 from vlm.train.scaling_plots import draw_mixture
 
@@ -184,24 +184,15 @@ def measure_mixture(
         measured.append(_measure(config, sources, run, metric))
     fit = fit_weights(measured, metric=metric)
     write_text(folder / MIXTURE_FILE, _mixture_text(sources, fit.weights()))
-    checks: dict[str, list[Probe]] = {"recommended": [], "equal": []}
-    for number in range(1, 1 + seeds):
-        equal = dict.fromkeys(names, 1 / len(names))
-        for name, weights in (("recommended", fit.weights()), ("equal", equal)):
-            if name == "equal" and _is_equal(fit):
-                # one mixture, trained once
-                checks[name].append(checks["recommended"][-1])
-                continue
-            run = _MixtureRun(name, weights, config.seed + number)
-            checks[name].append(_measure(config, sources, run, metric))
+    recommended, equal = _check_runs(config, sources, fit, metric, seeds)
     report = MixtureReport(
         metric=metric,
         steps=config.steps,
         probes=tuple(measured),
         fit=fit,
         mixture=str(folder / MIXTURE_FILE),
-        recommended=tuple(checks["recommended"]),
-        equal=tuple(checks["equal"]),
+        recommended=tuple(recommended),
+        equal=tuple(equal),
     )
     write_text(folder / REPORT_FILE, json.dumps(report.to_json(), indent=2) + "\n")
     draw_mixture(report, folder / "mixture.png")
@@ -268,6 +259,21 @@ def _rounded(weights: Float[Array, " S"]) -> list[float]:
     return [float(whole) / units for whole in wholes]
 
 
+def _check_runs(
+    config: TrainConfig, sources: Sequence[Source], fit: WeightFit, metric: str, seeds: int
+) -> tuple[list[Probe], list[Probe]]:
+    """Runs of the recommended weights, and of equal ones, with the same seeds, which no probe had."""
+    equal_weights = {source.name: 1 / len(sources) for source in sources}
+    recommended: list[Probe] = []
+    equal: list[Probe] = []
+    for seed in range(config.seed + 1, config.seed + 1 + seeds):
+        recommended.append(_measure(config, sources, _MixtureRun("recommended", fit.weights(), seed), metric))
+        # where they are one mixture it is trained once
+        other = None if _is_equal(fit) else _MixtureRun("equal", equal_weights, seed)
+        equal.append(_measure(config, sources, other, metric) if other else recommended[-1])
+    return recommended, equal
+
+
 @dataclass(frozen=True)
 class _MixtureRun:
     name: str
@@ -313,7 +319,8 @@ def fit_weights(probes: Sequence[Probe], *, metric: str = "loss", seed: int = 0)
     Raises:
         UsageError: the probes' scores are all the same. VlmError: a score is no finite number.
     """
-    _check_scores(probes, metric)
+    for number, probe in enumerate(probes):
+        check_score(metric, probe.score, f"Probe {number} ({probe.run})")
     names = list(probes[0].weights)
     roots = np.sqrt([[probe.weights[name] for name in names] for probe in probes])
     benefits = -np.array([error_of(metric, probe.score) for probe in probes])
@@ -324,47 +331,20 @@ def fit_weights(probes: Sequence[Probe], *, metric: str = "loss", seed: int = 0)
             "nothing of their sources. Give more --steps, or another --metric."
         )
     scaled = (benefits - benefits.mean()) / spread
-    strength, coefficients = _fit_lasso(roots, scaled)
-    rng = np.random.default_rng(seed)
-    drawn: list[Float[Array, " S"]] = []
-    for _ in range(_RESAMPLES):
-        rows = rng.integers(0, len(scaled), len(scaled))
-        drawn.append(_best_weights(_lasso(strength).fit(roots[rows], scaled[rows]).coef_))
-    low, high = np.percentile(drawn, _INTERVAL, axis=0)
-    weights = _rounded(_best_weights(coefficients))
+    fitted = _fit_lasso(roots, scaled)
+    weights = _rounded(_best_weights(fitted.coef_))
+    intervals = _weight_intervals(roots, scaled, fitted.alpha_, np.random.default_rng(seed))
     sources: list[SourceFit] = []
-    for place, name in enumerate(names):
-        sources.append(
-            SourceFit(
-                name=name,
-                coefficient=float(coefficients[place]),
-                weight=weights[place],
-                low=float(low[place]),
-                high=float(high[place]),
-            )
-        )
+    for name, coefficient, weight, (low, high) in zip(names, fitted.coef_.tolist(), weights, intervals, strict=True):
+        sources.append(SourceFit(name=name, coefficient=coefficient, weight=weight, low=low, high=high))
     # the mean of the others is off by this much more than the mean of all
     without_fit = spread * len(probes) / (len(probes) - 1)
     return WeightFit(
         sources=tuple(sources),
-        strength=strength,
+        strength=float(fitted.alpha_),
         left_out_error=spread * _left_out_error(roots, scaled),
         left_out_spread=without_fit,
     )
-
-
-def _check_scores(probes: Sequence[Probe], metric: str) -> None:
-    """Refuse scores that no fit can use.
-
-    Raises:
-        VlmError: one is no finite number; its probe is named.
-    """
-    for number, probe in enumerate(probes):
-        if not np.isfinite(probe.score):
-            raise VlmError(
-                f"Probe {number} ({probe.run}) ends with {metric} {probe.score}, which no fit can use: its training "
-                "diverged. Give a lower --learning-rate, or another --run."
-            )
 
 
 def _best_weights(coefficients: Float[Array, " S"]) -> Float[Array, " S"]:
@@ -375,21 +355,28 @@ def _best_weights(coefficients: Float[Array, " S"]) -> Float[Array, " S"]:
     return squares / squares.sum()
 
 
-def _lasso(strength: float) -> Any:
+def _weight_intervals(
+    roots: Float[Array, "N S"], scaled: Float[Array, " N"], strength: float, rng: np.random.Generator
+) -> list[list[float]]:
+    """Of each source the lowest and highest weight, 95%, by fits of this strength to resampled probes."""
     from sklearn.linear_model import Lasso
 
-    return Lasso(alpha=strength, max_iter=_MAX_ITERATIONS)
+    drawn: list[Float[Array, " S"]] = []
+    for _ in range(_RESAMPLES):
+        rows = rng.integers(0, len(scaled), len(scaled))
+        lasso: Any = Lasso(alpha=strength, max_iter=_MAX_ITERATIONS).fit(roots[rows], scaled[rows])
+        drawn.append(_best_weights(lasso.coef_))
+    return np.percentile(drawn, _INTERVAL, axis=0).T.tolist()
 
 
-def _fit_lasso(roots: Float[Array, "N S"], scaled: Float[Array, " N"]) -> tuple[float, Float[Array, " S"]]:
-    """The strength with the least error for tenths of the probes left out, and the coefficients that it gives."""
+def _fit_lasso(roots: Float[Array, "N S"], scaled: Float[Array, " N"]) -> Any:
+    """The Lasso of the strength with the least error for tenths of the probes left out: alpha_, coef_, predict."""
     from sklearn.linear_model import LassoCV
 
     # from the strength that leaves nothing: the largest slope of any source alone
     strongest = float(np.abs((roots - roots.mean(axis=0)).T @ (scaled - scaled.mean())).max() / len(scaled))
     strengths: Any = np.geomspace(max(strongest, 1e-12), max(strongest, 1e-12) * _WEAKEST, _STRENGTHS)
-    fitted = LassoCV(alphas=strengths, cv=min(len(scaled), _FOLDS), max_iter=_MAX_ITERATIONS).fit(roots, scaled)
-    return float(fitted.alpha_), fitted.coef_
+    return LassoCV(alphas=strengths, cv=min(len(scaled), _FOLDS), max_iter=_MAX_ITERATIONS).fit(roots, scaled)
 
 
 def _left_out_error(roots: Float[Array, "N S"], scaled: Float[Array, " N"]) -> float:
@@ -397,7 +384,6 @@ def _left_out_error(roots: Float[Array, "N S"], scaled: Float[Array, " N"]) -> f
     errors: list[float] = []
     for left_out in range(len(scaled)):
         others = np.arange(len(scaled)) != left_out
-        strength, _ = _fit_lasso(roots[others], scaled[others])
-        fitted = _lasso(strength).fit(roots[others], scaled[others])
+        fitted = _fit_lasso(roots[others], scaled[others])
         errors.append(float(fitted.predict(roots[left_out : left_out + 1])[0] - scaled[left_out]))
     return float(np.sqrt(np.mean(np.square(errors))))

@@ -394,7 +394,11 @@ def _sizes(points: Sequence[ScalingPoint]) -> dict[str, float]:
 def fit_scaling(
     points: Sequence[ScalingPoint], *, metric: str, hold: str = "steps", budgets: Sequence[float] = (), seed: int = 0
 ) -> ScalingReport:
-    """The report of what was measured: the fits, their intervals and the checks. seed: of the resampling."""
+    """The report of what was measured: the fits, their intervals and the checks. seed: of the resampling.
+
+    Raises:
+        UsageError: the sizes of model make no law.
+    """
     rng = np.random.default_rng(seed)
     sizes = _sizes(points)
     runs = _Runs(tuple(points), sizes, metric)

@@ -19,7 +19,7 @@ from vlm.config import to_toml
 from vlm.data.pack import PackConfig, pack
 from vlm.data.sources.source import SceneOptions, SourceOptions
 from vlm.data.sources.source_registry import open_source
-from vlm.errors import UsageError
+from vlm.errors import UsageError, VlmError
 from vlm.train.history import read_run
 from vlm.train.measured_run import MeasuredRun
 from vlm.train.scaling import ScalingPoint, fit_scaling
@@ -359,6 +359,10 @@ def test_runs_on_nested_subsets_are_trained_once_and_read_again(configure, scene
     assert json.loads(capsys.readouterr().out) == report.to_json()
     assert main(["--quiet", "scale", report.points[-1].run, *words, "--learning-rate", "1e-4"]) == 2
     assert "other settings (optimizer.learning_rate: 0.003" in capsys.readouterr().err
+    # a score that is no number is named, before the others are measured
+    Path(report.points[0].run, "held_out_loss.json").write_text('{"loss": NaN}')
+    with pytest.raises(VlmError, match=r"shards-1-seed-0 ends with loss nan, which no fit can use.*--learning-rate"):
+        vlm.scale(config, **settings | {"metric": "loss"})
 
 
 @pytest.mark.parametrize(
