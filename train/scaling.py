@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -185,6 +185,10 @@ class ScalingReport(Result):
                     "far beyond what these runs tell."
                 )
         return tuple(told)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `vlm scale --json` prints and scaling.json holds: the fields, and the warnings."""
+        return super().to_json() | {"warnings": list(self.warnings())}
 
 
 def measure_scaling(

@@ -1,4 +1,4 @@
-"""Pictures of `vlm scale` and `vlm mixture`: scores over samples and over compute; weights of sources and their fit."""
+"""Figures of `vlm scale` and `vlm mixture`: scores over samples and over compute; weights of sources and their fit."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlm.files import atomic_write
+from vlm.tensor_types import Array, Float
 from vlm.train.measured_run import LOSS
+from vlm.train.scaling_law import ScalingLaw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +24,8 @@ _LONGEST_LABEL = 30
 def draw_scaling(report: "ScalingReport", path: Path) -> None:
     """Scores over samples: runs, the law fitted to all, the forecast of the largest runs, and forecasts beyond.
 
-    With several architectures each has a colour, and a second panel has the scores over the FLOPs of runs.
+    With several architectures each has a colour, and a second panel has the scores over the FLOPs of runs. A law whose
+    term of the samples is not told ends at the most samples of a run.
     """
     from matplotlib.figure import Figure
 
@@ -46,11 +49,13 @@ def _draw_single(axes: "Axes", report: "ScalingReport") -> None:
     scale = _scale(report.metric)
     samples = [point.samples for point in report.points]
     axes.plot(samples, [scale * point.score for point in report.points], "o", color="C0", label="runs")
-    steps = np.geomspace(min(samples), report.beyond[-1].samples, 101)
-    axes.plot(steps, [scale * report.score(number) for number in steps], color="C0", label="law of all sizes")
     [check] = report.checks
-    smaller = [scale * report.score(number, law=check.fit) for number in steps]
-    axes.plot(steps, smaller, "C1:", label="law of all but the largest")
+    for law, line, label in (
+        (report.fit, "C0-", "law of all sizes"),
+        (check.fit, "C1:", "law of all but the largest"),
+    ):
+        steps = _steps(samples, report.beyond[-1].samples, law)
+        axes.plot(steps, [scale * report.score(number, law=law) for number in steps], line, label=label)
     _draw_forecasts(axes, [check.forecast], scale, colour="C1", label="its forecast")
     _draw_forecasts(axes, report.beyond, scale, colour="C0", label="beyond")
 
@@ -58,7 +63,7 @@ def _draw_single(axes: "Axes", report: "ScalingReport") -> None:
 def _draw_sizes(axes: "Axes", report: "ScalingReport") -> None:
     scale = _scale(report.metric)
     samples = [point.samples for point in report.points]
-    steps = np.geomspace(min(samples), 2 * max(samples), 101)
+    steps = _steps(samples, 2 * max(samples), report.fit)
     for number, (architecture, size) in enumerate(report.sizes.items()):
         own = _runs_of(report, architecture)
         colour = f"C{number}"
@@ -81,7 +86,7 @@ def _draw_compute(axes: "Axes", report: "ScalingReport") -> None:
         if report.hold == "epochs" and own:
             # compute grows with the samples alone
             flops_each = places[-1] / own[-1].samples
-            steps = np.geomspace(own[0].samples, 2 * own[-1].samples, 101)
+            steps = _steps([point.samples for point in own], 2 * own[-1].samples, report.fit)
             law = [scale * report.score(step, report.sizes[architecture]) for step in steps]
             axes.plot(steps * flops_each, law, color=f"C{number}")
     plans = [(plan.flops, scale * plan.score) for plan in report.budgets if plan.best and plan.score is not None]
@@ -110,6 +115,12 @@ def _draw_forecasts(
         )
         # once in the legend
         label = "_"
+
+
+def _steps(samples: Sequence[int], beyond: int, law: ScalingLaw) -> Float[Array, " N"]:
+    """Where a law is drawn: from the fewest samples of a run to so many beyond the most, which only a term that the
+    runs tell reaches."""
+    return np.geomspace(min(samples), beyond if law.samples.is_told else max(samples), 101)
 
 
 def _runs_of(report: "ScalingReport", architecture: str) -> "list[ScalingPoint]":

@@ -158,7 +158,9 @@ def test_runs_that_do_not_tell_the_sizes_apart_name_no_best_one(tmp_path, capsys
     assert data.score is not None
     assert all((forecast.score, forecast.low, forecast.high) == (None, None, None) for forecast in larger)
     assert any("do not tell the sizes of model apart" in warning for warning in report.warnings())
-    assert report.to_json()["budgets"][0]["architecture"] is None
+    values = report.to_json()
+    assert values["budgets"][0]["architecture"] is None
+    assert values["warnings"] == list(report.warnings())
     draw_scaling(report, tmp_path / "scaling.png")
     _show_budgets(report)
     shown = capsys.readouterr().out
@@ -176,6 +178,19 @@ def test_an_exponent_at_the_limit_and_a_far_division_are_told():
     assert [plan.is_far for plan in report.budgets] == [False, True]
     [far] = report.warnings()
     assert far.startswith("The best division of 1e+17 FLOPs lies on more than 10 times the samples measured")
+
+
+@pytest.mark.parametrize(("law", "end"), [(lambda samples: 0.4, 8000), (lambda samples: 1 - samples**-0.2, 80000)])
+def test_a_law_is_drawn_beyond_the_runs_only_where_they_tell_it(law, end, monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr("vlm.train.scaling_plots._save", lambda figure, path: figures.append(figure))
+    report = fit_scaling(points_of(law), metric="recall@10")
+    assert report.fit.samples.is_told == (end > 8000)
+    draw_scaling(report, tmp_path / "scaling.png")
+    [axes] = figures[0].axes
+    drawn = {line.get_label(): line.get_xdata() for line in axes.lines}
+    assert drawn["law of all sizes"].max() == pytest.approx(end)
+    assert drawn["law of all sizes"].min() == pytest.approx(500)
 
 
 def test_an_interval_wider_than_all_scores_means_nothing():
