@@ -6,7 +6,7 @@
 Whole commands, start and end included, on the same shards; both are evaluated by the same code on val. Each side trains
 the network of its choice (ours: OWN_CHOICE in parts/quality_settings.py); the same network on both sides is compared by
 benchmarks/run quality. Each of our runs is one that a user would make, with a warm-up and a decay of its own length;
-the last may take as long as open_clip's. Results are kept with those of the quality benchmark (--keep FOLDER).
+the last is meant to take as long as open_clip's. Results are kept with those of the quality benchmark (--keep FOLDER).
 To try it: --shards 1 --epochs 1 --full-epochs 1 --their-epochs 1.
 """
 
@@ -44,7 +44,7 @@ class Arguments:
     """Lengths of our short runs."""
 
     full_epochs: int = -1
-    """Length of our last run; -1: what open_clip's time allows; 0: no such run."""
+    """Length of our last run; -1: meant to take open_clip's time; 0: no such run."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of our forward pass (open_clip's is fp32); a CPU without bfloat16 instructions is slower with bf16."""
@@ -89,8 +89,10 @@ class Row:
 def run(arguments: Arguments) -> None:
     """Make the missing runs, theirs first, then print all."""
     if min(arguments.epochs, default=1) < 1 or arguments.their_epochs < 0 or arguments.full_epochs < -1:
-        lengths = f"--epochs {arguments.epochs}, --their-epochs {arguments.their_epochs}"
-        raise UsageError(f"{lengths}, --full-epochs {arguments.full_epochs}: give at least 1.")
+        raise UsageError(
+            f"--epochs {' '.join(map(str, arguments.epochs))}, --their-epochs {arguments.their_epochs}, --full-epochs "
+            f"{arguments.full_epochs}: give --epochs of 1 or more, --their-epochs from 0, --full-epochs from -1."
+        )
     keep = arguments.keep.expanduser().absolute()
     python = open_clip_python(arguments.cache.expanduser() / "bench-open-clip")
     bench = Bench(folder=keep, open_clip=python, models=keep / "models")

@@ -96,7 +96,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "flickr8k-words": (
-        "the same photos read by a bag of words, in three minutes on two CPU cores: higher recall, but open_clip does "
+        "the same photos read by a bag of words, in five minutes on one CPU core: higher recall, but open_clip does "
         "not load it",
         TrainConfig(
             model=ModelConfig(

@@ -67,7 +67,7 @@ class OwnChoice:
     """Ours where each side trains the network it likes (time to quality): the preset, and options added to it.
 
     short_words: added in runs too short for the preset's own warm-up, average and flips. full_words: added in the run
-    of `full_epochs`, which takes at most open_clip's time on two cores.
+    of `full_epochs`, which is meant to take open_clip's time on two cores.
     """
 
     preset: str
