@@ -22,7 +22,7 @@ paint = _SHARED["paint"]
 @pytest.fixture
 def photos(tmp_path, paint, monkeypatch):
     """A folder of three images, and the model of the index that embeds them."""
-    monkeypatch.setattr("vlm.models.load.load_model", lambda _: _SHARED["ColourModel"](fingerprint="given"))
+    monkeypatch.setattr("vlm.models.load.load_model", lambda _, **__: _SHARED["ColourModel"](fingerprint="given"))
     folder = tmp_path / "photos"
     folder.mkdir()
     for colour in ("red", "green", "blue"):

@@ -185,7 +185,7 @@ def test_questions_that_are_not_utf_8_are_refused(
 def test_the_line_of_a_question_that_cannot_be_answered_is_named(
     search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
 ) -> None:
-    monkeypatch.setattr("vlm.models.load.load_model", lambda _: CircleModel(fingerprint="none"))
+    monkeypatch.setattr("vlm.models.load.load_model", lambda _, **__: CircleModel(fingerprint="none"))
     (tmp_path / "questions").write_text('{"items": ["u1"]}\n\n' * 140 + line + '\n{"items": ["u1"]}\n')
     code, _, err = search("--queries", str(tmp_path / "questions"), "--top", "1")
     assert code == 2
@@ -228,7 +228,7 @@ class ReadingModel(CircleModel):
 def test_a_query_cut_at_the_context_length_is_told(
     search: Search, monkeypatch: pytest.MonkeyPatch, text: str, is_cut: bool, is_minus: bool
 ) -> None:
-    monkeypatch.setattr("vlm.models.load.load_model", lambda _: ReadingModel(fingerprint="none"))
+    monkeypatch.setattr("vlm.models.load.load_model", lambda _, **__: ReadingModel(fingerprint="none"))
     words = ["--like", "u8", "--minus", text] if is_minus else [text]
     code, _, err = search(*words)
     assert code == 0
