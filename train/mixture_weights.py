@@ -24,7 +24,7 @@ from vlm.errors import UsageError
 from vlm.files import compute_fingerprint, write_text
 from vlm.results import Result
 from vlm.tensor_types import Array, Float
-from vlm.train.measured_run import check_metric, check_score, error_of, format_score, measure_run
+from vlm.train.measured_run import LOSS, check_metric, check_score, error_of, format_score, measure_run
 from vlm.train.run_config import TrainConfig
 from vlm.train.scaling_plots import draw_mixture
 
@@ -151,7 +151,7 @@ def _is_equal(fit: WeightFit) -> bool:
 
 def _plain(metric: str, difference: float) -> str:
     """A difference of scores."""
-    return f"{difference:.3f}" if metric == "loss" else f"{100 * difference:.1f} points"
+    return f"{difference:.3f}" if metric == LOSS else f"{100 * difference:.1f} points"
 
 
 def measure_mixture(
@@ -205,6 +205,31 @@ def _check(config: TrainConfig, probes: int, seeds: int, concentration: float) -
     Raises:
         UsageError: naming what is.
     """
+    _check_config(config)
+    sources = read_sources(config.data)
+    if len(sources) < _LEAST_SOURCES:
+        raise UsageError(f"{config.data} has one source, which needs no weight; name {_LEAST_SOURCES} or more.")
+    if probes < len(sources) + 2:
+        raise UsageError(
+            f"--probes {probes}: a fit of {len(sources)} sources that is checked on a probe left out needs "
+            f"{len(sources) + 2} or more; four for each source are better."
+        )
+    if seeds < 0:
+        raise UsageError(f"--seeds {seeds} is no number of runs; give 1 or more, or 0 to check nothing.")
+    if not 0 < concentration < np.inf:
+        raise UsageError(f"--concentration {concentration:g} must be above 0, and finite.")
+    for source in sources:
+        # a source that is not there must not show after an hour of probes
+        expand_shards(source.data)
+    return sources
+
+
+def _check_config(config: TrainConfig) -> None:
+    """Refuse a configuration that cannot be a probe's.
+
+    Raises:
+        UsageError: naming what cannot.
+    """
     config.check()
     if find_spec("sklearn") is None:
         raise UsageError("The Lasso needs scikit-learn: pip install 'vlm-pipeline[evaluation]'.")
@@ -224,22 +249,6 @@ def _check(config: TrainConfig, probes: int, seeds: int, concentration: float) -
             f"Probes of {config.steps} steps would end while warming up ({config.optimizer.warmup_steps} steps); give "
             "more --steps, or fewer --warmup-steps."
         )
-    sources = read_sources(config.data)
-    if len(sources) < _LEAST_SOURCES:
-        raise UsageError(f"{config.data} has one source, which needs no weight; name {_LEAST_SOURCES} or more.")
-    if probes < len(sources) + 2:
-        raise UsageError(
-            f"--probes {probes}: a fit of {len(sources)} sources that is checked on a probe left out needs "
-            f"{len(sources) + 2} or more; four for each source are better."
-        )
-    if seeds < 0:
-        raise UsageError(f"--seeds {seeds} is no number of runs; give 1 or more, or 0 to check nothing.")
-    if not 0 < concentration < np.inf:
-        raise UsageError(f"--concentration {concentration:g} must be above 0, and finite.")
-    for source in sources:
-        # a source that is not there must not show after an hour of probes
-        expand_shards(source.data)
-    return sources
 
 
 def _draw_weights(num_sources: int, num_probes: int, concentration: float, seed: int) -> list[list[float]]:

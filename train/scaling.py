@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vlm.data.corpus import MIXTURE_SUFFIX
 from vlm.data.shards import count_samples, expand_shards, join_shards
 from vlm.errors import UsageError
 from vlm.files import compute_fingerprint, write_text
@@ -215,26 +216,8 @@ def measure_scaling(
     check_metric(metric)
     _check(config, shares, architectures, seeds)
     _check_budgets(budgets, architectures, hold)
-    subsets = _nested_subsets(config, shares)
+    points = _measure_all(config, _nested_subsets(config, shares), architectures, seeds=seeds, metric=metric, hold=hold)
     folder = Path(config.run)
-    points: list[ScalingPoint] = []
-    loader = config.loader
-    counts = count_samples(subsets[-1], allow_damage=loader.allow_damage, cache=resolve_shard_cache(loader))
-    for shards in subsets:
-        # the smaller subsets are the first shards of the largest
-        samples = sum(counts[: len(shards)])
-        for architecture in architectures or [""]:
-            for number in range(seeds):
-                seed = config.seed + number
-                subset = _subset_config(config, shards, samples / sum(counts), architecture, seed=seed, hold=hold)
-                points.append(_measure(subset, metric, shards=len(shards), samples=samples))
-                name = f"{architecture}, " if architecture else ""
-                logger.info(
-                    f"{name}{samples:,} samples, seed {seed}: {metric} {format_score(metric, points[-1].score)}"
-                )
-        if architectures:
-            # as soon as each was trained once
-            _sizes(points)
     report = fit_scaling(points, metric=metric, hold=hold, budgets=budgets)
     write_text(folder / SCALING_FILE, json.dumps(report.to_json(), indent=2) + "\n")
     draw_scaling(report, folder / "scaling.png")
@@ -257,7 +240,7 @@ def _check(config: TrainConfig, shares: Sequence[float], architectures: Sequence
         )
     if not config.val:
         raise UsageError("A scaling fit is of a score on held-out data; name its shards (--val).")
-    if config.data.endswith(".toml"):
+    if config.data.endswith(MIXTURE_SUFFIX):
         raise UsageError(f"{config.data} is a mixture, whose subsets would need shares of each source; name shards.")
     for share in shares:
         if not 0 < share <= 1:
@@ -304,6 +287,39 @@ def _nested_subsets(config: TrainConfig, shares: Sequence[float]) -> list[list[s
             "the data into more shards (vlm pack --samples-per-shard)."
         )
     return [order[:number] for number in numbers]
+
+
+def _measure_all(
+    config: TrainConfig,
+    subsets: list[list[str]],
+    architectures: Sequence[str],
+    *,
+    seeds: int,
+    metric: str,
+    hold: Literal["steps", "epochs"],
+) -> list[ScalingPoint]:
+    """A run of each architecture and seed on each subset, the smallest first.
+
+    Raises:
+        UsageError: sizes of model that are too near to each other, as soon as each was trained once.
+    """
+    points: list[ScalingPoint] = []
+    loader = config.loader
+    counts = count_samples(subsets[-1], allow_damage=loader.allow_damage, cache=resolve_shard_cache(loader))
+    for shards in subsets:
+        # the smaller subsets are the first shards of the largest
+        samples = sum(counts[: len(shards)])
+        for architecture in architectures or [""]:
+            for seed in range(config.seed, config.seed + seeds):
+                subset = _subset_config(config, shards, samples / sum(counts), architecture, seed=seed, hold=hold)
+                points.append(_measure(subset, metric, shards=len(shards), samples=samples))
+                name = f"{architecture}, " if architecture else ""
+                logger.info(
+                    f"{name}{samples:,} samples, seed {seed}: {metric} {format_score(metric, points[-1].score)}"
+                )
+        if architectures:
+            _sizes(points)
+    return points
 
 
 def _subset_config(
