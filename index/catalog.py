@@ -473,18 +473,14 @@ class Catalogue(EngineCatalogue):
         with self._reading() as database:
             return row_ids(fetch_bitmap(database, "SELECT row FROM rows") - self._hidden(database))
 
-    def where(self, condition: Condition, *, optional_fields: Collection[str] = ()) -> Int64[Array, " N"]:
-        """The numbers of the rows that a condition selects, ascending.
+    def where(self, condition: Condition, *, optional_fields: Collection[str] = ()) -> BitMap:
+        """The rows that a condition selects.
 
         optional_fields: may be named although no row has them, and then match none.
 
         Raises:
             UsageError: it names another field that no row has, or compares numbers with texts.
         """
-        return row_ids(self.select(condition, optional_fields=optional_fields))
-
-    def select(self, condition: Condition, *, optional_fields: Collection[str] = ()) -> BitMap:
-        """As `where`, the set of the rows."""
         with self._reading() as database:
             agree = has_bitmaps(database, self.path.name)
             rows = matching_rows(database, condition, optional_fields=optional_fields, use_bitmaps=agree)

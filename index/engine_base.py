@@ -119,10 +119,6 @@ class EngineCatalogue(ABC):
             UsageError: it names another field that no row has, or compares numbers with texts.
         """
 
-    def select(self, condition: Condition, *, optional_fields: Collection[str] = ()) -> RowSelection:
-        """As `where`, in the form that takes least memory."""
-        return self.where(condition, optional_fields=optional_fields)
-
     @abstractmethod
     def rank_text(self, words: str, top: int) -> list[tuple[int, float]]:
         """The rows whose captions contain all the words, each with a score of which the lowest is the best."""
@@ -404,7 +400,7 @@ def _nearest(
     units = normalize_queries(queries, top, snapshot.details.space.dimension)
     # segments look rows up by bisection, which gives wrong rows for unsorted ones
     if isinstance(allowed_rows, np.ndarray) and not (np.diff(allowed_rows) > 0).all():
-        raise UsageError("allowed_rows must be distinct and ascending, as from Catalogue.where.")
+        raise UsageError("allowed_rows must be distinct and ascending, as np.unique makes them.")
     scores, rows = snapshot.nearest(units, top, allowed_rows)
     # rounding may lead out of the range; in place, which takes half the time of a copy by clip
     np.minimum(scores, 1, out=scores)

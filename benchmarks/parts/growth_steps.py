@@ -12,6 +12,7 @@ from growth_rows import read_questions, write_rows
 from index_measure import PeakMemory
 from index_vectors import Mixture
 from measure_server import serve
+from pyroaring import BitMap
 
 from vlm.index import build
 from vlm.index.ann.faiss_search import load_faiss
@@ -22,7 +23,7 @@ from vlm.index.reader import Index
 from vlm.index.verify import check_index
 from vlm.index.writer import IndexWriter
 from vlm.manifest import is_complete
-from vlm.tensor_types import Array, Float32, Int64
+from vlm.tensor_types import Array, Float32
 
 FILTERS = {
     "half of the rows": "language = 'en'",
@@ -150,7 +151,7 @@ def answer(request: Values) -> Values:
     return {**spent, "peak_mb": peak.whole_mb(), **found}
 
 
-def _asked(index: Index, questions: Float32[Array, "Q D"], rows: Int64[Array, " N"] | None) -> Values:
+def _asked(index: Index, questions: Float32[Array, "Q D"], rows: BitMap | None) -> Values:
     """Recall, and milliseconds per query with its catalog entries; cpu_ms: mean CPU time."""
     index.search(questions[:5], _TOP, rows)
     seconds, computed = [], time.process_time()
@@ -166,7 +167,7 @@ def _asked(index: Index, questions: Float32[Array, "Q D"], rows: Int64[Array, " 
     return {"rows": count, "cpu_ms": cpu_ms, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "recall@10": recall}
 
 
-def _blocks(index: Index, rows: Int64[Array, " N"] | None) -> Iterator[Float32[Array, "_ D"]]:
+def _blocks(index: Index, rows: BitMap | None) -> Iterator[Float32[Array, "_ D"]]:
     for views in index.snapshot.views:
         chosen = views if rows is None else views.restricted_to(rows)
         for positions in chosen.position_blocks(_ROWS_AT_ONCE):

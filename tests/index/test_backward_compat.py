@@ -194,9 +194,7 @@ def test_old_rows_are_carried_over_as_they_are_stored(world, tmp_path):
     assert [[hit.entry.uid for hit in line] for line in old] == [[hit.entry.uid for hit in line] for line in new]
     assert after.details.space.model == str(tmp_path / "head")
     assert [len(i.catalogue.search_text("k5", 9)) for i in (before, after)] == [1, 1]
-    assert [e.uid for e in after.catalogue.entries(after.catalogue.where(parse_filter("number = 7")).tolist())] == [
-        "k7"
-    ]
+    assert [e.uid for e in after.catalogue.entries(list(after.catalogue.where(parse_filter("number = 7"))))] == ["k7"]
 
 
 def test_rows_embedded_again_take_their_places_bit_by_bit(world, tmp_path):

@@ -68,7 +68,7 @@ def test_what_was_exported_and_imported_answers_as_before(changed, tmp_path, to)
     assert Embeddings.open(tmp_path / "again").space == SPACE
     where = parse_filter("split = 'third' or number >= 295")
     uids = [
-        sorted(entry.uid for entry in opened.catalogue.entries(opened.catalogue.where(where).tolist()))
+        sorted(entry.uid for entry in opened.catalogue.entries(list(opened.catalogue.where(where))))
         for opened in (Index.open(changed), Index.open(tmp_path / "index2"))
     ]
     assert uids[0] == uids[1] != []

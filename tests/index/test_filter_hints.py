@@ -6,6 +6,7 @@ import pytest
 from tests.index.origin_fixture import make_origin
 from vlm.errors import UsageError
 from vlm.index.catalog import Catalogue, update_catalogue, write_catalogue
+from vlm.index.engine_base import row_numbers
 from vlm.index.filter_hints import explain_no_match
 from vlm.index.filter_language import parse_filter
 
@@ -22,7 +23,7 @@ def catalogue(tmp_path: Path) -> Catalogue:
     gone = make_origin("gone", {"baseColour": "Purple"})
     update_catalogue(path, generation=2, inserted=[(30, gone)], deleted=Catalogue(path).rows()[:0])
     only_purple = Catalogue(path).where(parse_filter("baseColour = 'Purple'"))
-    update_catalogue(path, generation=3, deleted=only_purple)
+    update_catalogue(path, generation=3, deleted=row_numbers(only_purple))
     return Catalogue(path, 3)
 
 

@@ -67,7 +67,7 @@ def test_an_imported_index_answers_filters_words_and_stored_items(tmp_path):
     build_index(tmp_path / "out", tmp_path / "index")
     index = Index.open(tmp_path / "index")
     chosen = index.catalogue.where(parse_filter("width >= 205 and exif.iso > 150 and url like 'http://%'"))
-    assert chosen.tolist() == list(range(35, 60))
+    assert list(chosen) == list(range(35, 60))
     hits = index.search(images[40:41].astype(np.float32), 3, chosen)[0]
     assert hits[0].entry.row == 40
     assert hits[0].score == pytest.approx(1, abs=1e-3)
@@ -144,9 +144,8 @@ def test_values_become_what_json_and_filters_can_hold(tmp_path):
     assert second.metadata == {"tags": [], "score": 0.5, "ok": False, "split": "val"}
     build_index(tmp_path / "out", tmp_path / "index")
     catalogue = Index.open(tmp_path / "index").catalogue
-    assert catalogue.where(
-        parse_filter("tags has 'dog' and at < '2024' and ok = true and exif.iso = 100")
-    ).tolist() == [0]
+    rows = catalogue.where(parse_filter("tags has 'dog' and at < '2024' and ok = true and exif.iso = 100"))
+    assert list(rows) == [0]
 
 
 def test_values_of_a_table_stay_exact(tmp_path):
@@ -172,8 +171,8 @@ def test_values_of_a_table_stay_exact(tmp_path):
     assert second.metadata == {"hash": hashes[1], "seen": []}
     build_index(tmp_path / "out", tmp_path / "index")
     catalogue = Index.open(tmp_path / "index").catalogue
-    assert catalogue.where(parse_filter(f"hash = {hashes[1]}")).tolist() == [1]
-    assert catalogue.where(parse_filter("counts.dogs = 2")).tolist() == [0]
+    assert list(catalogue.where(parse_filter(f"hash = {hashes[1]}"))) == [1]
+    assert list(catalogue.where(parse_filter("counts.dogs = 2"))) == [0]
 
 
 def test_rows_without_direction_are_left_out_by_number_and_others_scaled(tmp_path):

@@ -44,7 +44,7 @@ def peak_of_use(folder: Path, *, with_map: bool) -> int:
         query = vectors(1, 3)
         index.search(query, 10)
         for where in ("number < 200", "not number = 3", "caption like '%caption%'"):
-            rows = index.catalogue.select(parse_filter(where))
+            rows = index.catalogue.where(parse_filter(where))
             index.search(query, 10, rows)
             index.catalogue.count_values("colour", top=5, rows=rows)
             if with_map:

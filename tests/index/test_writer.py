@@ -238,7 +238,7 @@ def test_only_rows_of_a_filter_are_replaced(make_index: MakeIndex) -> None:
         assert (change.replaced, change.left_out, change.generation) == (0, 30, 2)
     index = Index.open(folder)
     replaced = index.catalogue.where(parse_filter("split = 'new'"))
-    assert {entry.uid for entry in index.catalogue.entries(replaced.tolist())} == {f"k{n}" for n in range(40, 50)}
+    assert {entry.uid for entry in index.catalogue.entries(list(replaced))} == {f"k{n}" for n in range(40, 50)}
     assert uids_of(index, rows[15], 1) == ["k40"]
     assert uids_of(index, vectors(50, 0)[30], 1) == ["k30"]
     assert check_index(folder).faults == ()

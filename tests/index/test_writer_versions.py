@@ -24,7 +24,7 @@ def entry_of(index: Index, uid: str) -> Entry:
 def rows_of(folder: Path, text: str) -> list[int]:
     """The rows that a filter selects."""
     index = Index.open(folder)
-    return index.catalogue.where(parse_filter(text)).tolist()
+    return list(index.catalogue.where(parse_filter(text)))
 
 
 def test_metadata_is_set_exactly_and_filters_see_the_new_values_alone(make_index: MakeIndex) -> None:

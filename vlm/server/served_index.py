@@ -25,7 +25,6 @@ from vlm.index.catalog import Entry
 from vlm.index.embeddings_folder import UNKNOWN
 from vlm.index.encoder import AnyEncoder
 from vlm.index.facets import FieldSummary, ValueCount
-from vlm.index.filter_language import parse_filter
 from vlm.index.metadata import metadata_fields
 from vlm.index.reader import IndexSnapshot
 from vlm.index.row_map import RowMap
@@ -491,9 +490,7 @@ class MapReader:
             # refused before the rows are read
             counts = self.index.facets([request.colour], where=request.where, top=LEGEND_SIZE)
             legend = counts[request.colour]
-        # Milvus has no map
-        allowed_rows = snapshot.catalogue.select(parse_filter(request.where)) if request.where else None
-        positions, num_inside = row_map.sample(request.box, request.top, allowed_rows)
+        positions, num_inside = row_map.sample(request.box, request.top, rows_matching(snapshot, request.where))
         entries = snapshot.catalogue.entries(row_map.rows[positions].tolist())
         places = _rounded(row_map.places[positions])
         known = snapshot.catalogue.rows_by_uid(request.uids)

@@ -11,13 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from pyroaring import BitMap
 
 from vlm.errors import UsageError
-from vlm.index.engine_base import EngineSnapshot, RowSelection, row_numbers
+from vlm.index.engine_base import EngineSnapshot, RowSelection, row_set
 from vlm.index.filter_language import parse_filter
 from vlm.index.metadata import sanitize_text
-from vlm.index.row_bitmaps import row_ids, to_bitmap
 from vlm.service.query import Cursor, Query
 from vlm.tensor_types import Array, Float, Float32, Int64
 
@@ -361,7 +359,8 @@ class Ranker:
             rows = np.array([row for row, _ in ranked], np.int64)
             scores = np.array([score for _, score in ranked], np.float64)
             if self.allowed_rows is not None:
-                is_allowed = np.isin(rows, _among(rows, self.allowed_rows))
+                allowed = row_set(self.allowed_rows)
+                is_allowed = np.array([row in allowed for row, _ in ranked], bool)
                 rows = rows[is_allowed]
                 scores = scores[is_allowed]
             # one more than needed, to see whether equals are cut off
@@ -395,13 +394,6 @@ class Ranker:
         return exact.clip(-1, 1).astype(np.float32)
 
 
-def _among(rows: Int64[Array, " N"], allowed_rows: RowSelection) -> Int64[Array, " M"]:
-    """Those of the rows that are allowed, perhaps with others that are."""
-    if isinstance(allowed_rows, BitMap):
-        return row_ids(to_bitmap(rows) & allowed_rows)
-    return row_numbers(allowed_rows)
-
-
 def _rerank(results: Ranking, reranker: Reranker, count: int) -> Ranking:
     """The first `count` in the order of likelihood, then the others in their own."""
     positions, likelihoods = reranker.order(results.rows[:count])
@@ -421,4 +413,4 @@ def rows_matching(
     Raises:
         UsageError: the filter is malformed or fits no field.
     """
-    return snapshot.catalogue.select(parse_filter(where), optional_fields=optional_fields) if where else None
+    return snapshot.catalogue.where(parse_filter(where), optional_fields=optional_fields) if where else None
