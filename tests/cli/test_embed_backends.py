@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import vlm
 from tests.random_model import random_model, write_random_model
@@ -18,9 +20,12 @@ from vlm.cli.main import main
 from vlm.data.tokenizers import open_tokenizer
 from vlm.errors import UsageError, VlmError
 from vlm.index.embeddings_folder import Embeddings
-from vlm.manifest import mark_unfinished
+from vlm.manifest import mark_unfinished, recorded_configuration
 from vlm.models.load import load_model, save_model_folder
+from vlm.models.model import VisionLanguageModel
+from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.service.query import Backend, open_bulk_export, open_export
+from vlm.service.search import SearchService
 
 BOUND = 1e-6
 """The largest cosine distance of a sample's two vectors, as docs/formats.md has it."""
@@ -281,3 +286,70 @@ def test_an_addition_is_not_blocked_by_what_another_one_left(
     # the same samples: embedded, then found known by their content
     assert index.add(more).known == len(index)
     assert not work.exists()
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder of three images."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def index(exported, shards, tmp_path) -> Path:
+    vlm.embed(exported, shards, tmp_path / "rows", backend="torch")
+    vlm.build_index(tmp_path / "rows", tmp_path / "index")
+    return tmp_path / "index"
+
+
+@pytest.mark.parametrize("verb", ["add", "update"])
+def test_an_index_grows_by_the_export_without_torch(index, photos, scene_shards, tmp_path, verb):
+    num_rows = len(vlm.open_index(index))
+    more = shutil.copytree(scene_shards / "val", tmp_path / "more")
+    calls = [["index", verb, str(index), str(source), "--uid-prefix", f"{source.name}/"] for source in (photos, more)]
+    code = f"import sys; from vlm.cli.main import main; print(*[main(words) for words in {calls}], *sys.modules)"
+
+    def modules_of(backend: str) -> set[str]:
+        environment = os.environ | {"VLM_BACKEND": backend}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        *_, last = done.stdout.splitlines()
+        assert last.startswith("0 0 ")
+        assert done.stderr.count("is run by its ONNX export (float32)") == (0 if backend == "torch" else 2)
+        return set(last.split())
+
+    assert not {"torch", "open_clip", "transformers"} & modules_of("")
+    grown = vlm.open_index(index, backend="torch")
+    assert len(grown) == 2 * num_rows + 3
+    # float16 rows of the export are torch's vectors, up to rounding
+    for photo in photos.iterdir():
+        hit = grown.search(image=photo, top=1)[0]
+        assert hit.uid == f"photos/{photo.name}"
+        assert hit.score > 1 - 1e-5
+    # of the shards, which the same command then adds again
+    grown.rollback()
+    assert "torch" in modules_of("torch")
+
+
+def test_files_that_another_backend_left_unfinished_do_not_block_an_addition(index, photos, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("vlm.index.embeddings_folder.write_marker", lambda *_: (_ for _ in ()).throw(RuntimeError))
+        with pytest.raises(RuntimeError):
+            vlm.open_index(index, backend="torch").add(photos)
+    (work,) = (index / ".adding").iterdir()
+    assert recorded_configuration(work)["backend"] == "torch"
+    assert vlm.open_index(index).add(photos).added == 3
+    assert not work.exists()
+
+
+def test_rows_are_added_by_torch_where_the_export_is_rounded(exported, shards, tmp_path):
+    model = shutil.copytree(exported, tmp_path / "model", copy_function=shutil.copyfile)
+    vlm.embed(model, shards, tmp_path / "rows")
+    vlm.build_index(tmp_path / "rows", tmp_path / "index")
+    manifest = model / "onnx" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"precision": "float32"', '"precision": "int8"'))
+    service = SearchService.open(tmp_path / "index")
+    assert isinstance(service.model, OnnxEncoder)
+    assert isinstance(service.row_encoder, VisionLanguageModel)

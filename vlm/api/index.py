@@ -68,7 +68,8 @@ def open_index(
         rerank_model: what reranks, for `rerank_top`: a folder of `vlm.fit_reranker`, or a model with a caption decoder.
         on_gpu: copy the index to a GPU where FAISS sees one, which pays off for many queries.
         backend: what embeds queries: `onnx`, the model's ONNX export, which needs no torch; `torch`; or `auto`, the
-            export where there is one that is up to date.
+            export where there is one that is up to date. Rows to add are embedded by an export only if it is in
+            float32, and there is no GPU.
 
     Raises:
         UsageError: there is no finished index. VlmError: it is damaged.

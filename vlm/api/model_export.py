@@ -53,8 +53,8 @@ def export(
 
     Args:
         model: a MODEL as of `vlm.load`.
-        out: a new folder. An ONNX export needs none: it lies beside the model, where `vlm embed`, `search`, `classify`
-            and `eval` find it, and takes the place of an older one there.
+        out: a new folder. An ONNX export needs none: it lies beside the model, where `vlm embed`, `index add`,
+            `search`, `classify` and `eval` find it, and takes the place of an older one there.
         to: `open-clip`, a folder for `open_clip.create_model_and_transforms("local-dir:OUT")`, or `onnx`, both towers
             for onnxruntime.
         precision: of an ONNX export. int8 makes it smaller and faster, for some loss.

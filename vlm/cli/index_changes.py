@@ -312,8 +312,10 @@ class Relocate:
 
 def _open(folder: Path, model: str = "") -> "SearchIndex":
     from vlm.api.index import open_index
+    from vlm.service.query import chosen_backend
 
-    return open_index(folder, model=model or None)
+    # VLM_BACKEND decides over what embeds new rows, too
+    return open_index(folder, model=model or None, backend=chosen_backend())
 
 
 def show_commit_info(info: "CommitInfo", index: Path, *, as_json: bool) -> None:

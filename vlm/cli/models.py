@@ -60,8 +60,8 @@ class ListModels:
 
 _TO_HELP = "Target: open-clip, a folder for its create_model_and_transforms; onnx, both towers for onnxruntime."
 _OUT_HELP = (
-    "New folder to write. --to onnx needs none: it then writes beside the model, where vlm embed, search, classify and "
-    "eval find it."
+    "New folder to write. --to onnx needs none: it then writes beside the model, where vlm embed, index add, search, "
+    "classify and eval find it."
 )
 _EVALUATE_HELP = "Shards with captions on which the loss of int8 is measured; needed for int8."
 
@@ -70,8 +70,9 @@ _EVALUATE_HELP = "Shards with captions on which the loss of int8 is measured; ne
 class Export:
     """Export a model to another tool's format and verify there that its embeddings are the same.
 
-    With an ONNX export beside the model, embed, search, classify and eval need no torch and start in a fraction of the
-    time. It is used as long as the model's files are unchanged; VLM_BACKEND=torch or --backend torch ignores it.
+    With an ONNX export beside the model, embed, index add, search, classify and eval need no torch and start in a
+    fraction of the time. It is used as long as the model's files are unchanged; VLM_BACKEND=torch or --backend torch
+    ignores it.
     """
 
     model: ModelArgument

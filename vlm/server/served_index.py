@@ -392,13 +392,13 @@ class ServedIndex:
         """The model with its network: no export has a decoder, nor gradients.
 
         Raises:
-            UsageError: this machine has no torch. Others as of `SearchService.row_encoder`.
+            UsageError: this machine has no torch. Others as of `SearchService.torch_model`.
         """
         if importlib.util.find_spec("torch") is None:
             raise UsageError("Captions and heat maps need torch, which this server has not: pip install torch there.")
         from vlm.api.inference import Model
 
-        return Model(self.service.row_encoder)  # pyright: ignore[reportArgumentType]
+        return Model(self.service.torch_model)  # pyright: ignore[reportArgumentType]
 
     def embed_texts(self, texts: Sequence[str]) -> Float32[Array, "T D"]:
         """Unit vectors of texts by the index's model."""

@@ -12,6 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from vlm.data.tar import open_index
 from vlm.data.tar_entries import SampleWriter
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import atomic_write, compute_fingerprint, content_digest, read_lines
+from vlm.index.embed import EmbedOptions, backend_of, embed_into
 from vlm.index.embeddings_folder import (
     SKIPPED_JSONL,
     EmbeddingSpace,
@@ -40,7 +42,7 @@ from vlm.index.embeddings_folder import (
     check_unit_norm,
     part_name,
 )
-from vlm.index.encoder import Encoder
+from vlm.index.encoder import AnyEncoder
 from vlm.index.engine_base import EngineSnapshot
 from vlm.index.engine_writer import InsertBatch
 from vlm.index.ids import UID_COLUMN
@@ -49,6 +51,7 @@ from vlm.manifest import MANIFEST, PROGRESS, is_complete, recorded_configuration
 from vlm.service.folder.folder_reader import FileReading, FolderReader
 from vlm.service.folder.folder_scan import FileStamp, FolderScan, scan_folder
 from vlm.service.images import read_stored_bytes
+from vlm.service.query import embed_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +115,7 @@ class ImageOptions:
 class AdditionPlanner:
     """Prepares additions to a version of an index.
 
-    load: gives the index's model; called only if something has to be embedded.
+    load: gives the index's model; called only if something has to be embedded, and once.
     uid_prefix: put before the uids of whatever is embedded.
     replace_known: rows that the index has are embedded again, to replace the old ones.
     """
@@ -120,13 +123,13 @@ class AdditionPlanner:
     def __init__(
         self,
         snapshot: EngineSnapshot,
-        load: Callable[[], Encoder],
+        load: Callable[[], AnyEncoder],
         *,
         uid_prefix: str = "",
         replace_known: bool = False,
     ) -> None:
         self._snapshot = snapshot
-        self._load = load
+        self._load = cache(load)
         self._prefix = uid_prefix
         self._replace_known = replace_known
         self._space: EmbeddingSpace = snapshot.details.space
@@ -282,8 +285,11 @@ class AdditionPlanner:
             unreadable = _read_incidents(work / SKIPPED_JSONL)
         else:
             model = self._load()
+            backend = backend_of(model)
+            _discard_other_work(work, backend)
             reader = FolderReader(root, scan, view=lambda: model.view, known_digests=())
-            writer = EmbeddingsWriter(work, space=self._space, identity={"files": compute_fingerprint(*stamps)})
+            identity = {"files": compute_fingerprint(*stamps), "backend": backend}
+            writer = EmbeddingsWriter(work, space=self._space, identity=identity)
             with progress(total=len(names), what="embed", unit=" images") as bar:
                 for number, first in enumerate(range(0, len(names), PART_IMAGES)):
                     part_names = names[first : first + PART_IMAGES]
@@ -385,9 +391,6 @@ class AdditionPlanner:
         return replace(addition, known=num_known)
 
     def _embed_shards(self, shards: Sequence[str], *, selection: Selection | None = None) -> Addition:
-        # needs torch, as the model does
-        from vlm.index.embed import EmbedOptions, backend_of, embed_into
-
         work = self._work(*shards, selection.fingerprint if selection else "")
         options = EmbedOptions(model_spec=self._space.model, selection=selection)
         model = self._load()
@@ -438,10 +441,8 @@ class _PartRows:
         self.origins: list[Origin] = []
         self.skipped: list[SkippedSampleRecord] = []
 
-    def add(self, readings: Sequence[FileReading], origin: Callable[[FileReading], Origin], model: Encoder) -> None:
+    def add(self, readings: Sequence[FileReading], origin: Callable[[FileReading], Origin], model: AnyEncoder) -> None:
         """Embed a batch."""
-        import torch
-
         pixels: list[np.ndarray] = []
         origins: list[Origin] = []
         for reading in readings:
@@ -453,7 +454,7 @@ class _PartRows:
                 origins.append(origin(reading))
         if not pixels:
             return
-        vectors = model.embed_images(torch.from_numpy(np.stack(pixels))).float().numpy()
+        vectors = embed_pixels(model, np.stack(pixels))
         check_unit_norm(vectors, [origin.uid for origin in origins])
         self._vectors.append(vectors)
         self.origins += origins

@@ -31,6 +31,7 @@ from vlm.service.query import (
     TextCache,
     embed_pixels,
     embed_query_texts,
+    load_bulk_encoder,
     load_encoder,
     load_query_encoder,
     load_query_vector,
@@ -242,8 +243,21 @@ class SearchService:
         return model
 
     @property
-    def row_encoder(self) -> Encoder:
-        """The model for rows to add: torch's own, since an export may be of less precision.
+    def row_encoder(self) -> AnyEncoder:
+        """The model for rows to add: where queries use its ONNX export, what embeds many rows (`load_bulk_encoder`).
+
+        Raises: as of `model`.
+        """
+        model = self.model
+        if not isinstance(model, OnnxEncoder):
+            return model
+        encoder = load_bulk_encoder(self._spec, device="auto", precision="fp32", backend="auto", needs_network=False)
+        self.index.require_model(encoder.fingerprint, self._spec)
+        return encoder
+
+    @property
+    def torch_model(self) -> Encoder:
+        """The model with its network, where queries use its ONNX export, too.
 
         Raises: as of `model`.
         """
@@ -260,7 +274,7 @@ class SearchService:
 
         model = self.model
         if self._text_encoder is None or self._text_encoder[0] != model.fingerprint:
-            self._text_encoder = model.fingerprint, require_text_tower(self.row_encoder)
+            self._text_encoder = model.fingerprint, require_text_tower(self.torch_model)
         return self._text_encoder[1]
 
     @cached_property

@@ -11,6 +11,7 @@ from vlm.index.embeddings_folder import check_unit_norm
 from vlm.index.encoder import Encoder
 from vlm.service.folder.folder_reader import FileReading, View
 from vlm.service.folder.folder_state import ContentRecord
+from vlm.service.query import embed_pixels
 
 LoadEncoder = Callable[[str], Encoder]
 
@@ -70,10 +71,7 @@ class FolderEncoder:
                 pixels[content.digest] = reading.pixels
                 names.append(reading.file.path)
         if pixels:
-            # here: an update without a new image takes no time for it
-            import torch
-
-            vectors = self.get().embed_images(torch.from_numpy(np.stack(list(pixels.values())))).numpy()
+            vectors = embed_pixels(self.get(), np.stack(list(pixels.values())))
             check_unit_norm(vectors, names)
             for digest, vector in zip(pixels, vectors.astype(np.float16), strict=True):
                 contents[digest] = replace(contents[digest], vector=vector)
