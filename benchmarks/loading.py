@@ -30,6 +30,8 @@ from parts.messages import say
 from parts.open_clip_environment import open_clip_python, shards_of
 
 OURS = ("ours", "ours, float")
+BARE = {"bare": "torch", "bare, own filter": "own", "bare, Pillow": "Pillow"}
+"""What the sides that only decode resize by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ def run(arguments: Arguments) -> None:
         # its own script: what it imports of the library may have been called otherwise
         script = arguments.before.resolve() / "benchmarks" / "parts" / "vlm_loader.py"
         theirs["before"] = Side(sys.executable, script, threads=1, checkout=arguments.before)
-    asked = {"ours": ours, "ours, float": ours, **theirs, "bare": bare, "bare, Pillow": bare}
+    asked = {"ours": ours, "ours, float": ours, **theirs, **dict.fromkeys(BARE, bare)}
     with tempfile.TemporaryDirectory() as copies:
         speed = [
             _compare(arguments, asked, name=name, shards=found, workers=workers, copies=f"{copies}/{name}")
@@ -120,7 +122,7 @@ def _compare(
     for repeat in range(arguments.repeats):
         say(f"{name}, {workers} workers, run {repeat + 1} of {arguments.repeats} …")
         for side in asked:
-            how = {"is_float": side == "ours, float", "by_pillow": side == "bare, Pillow"}
+            how = {"is_float": side == "ours, float", "filter": BARE.get(side)}
             answer = asked[side].ask(**request, **how, shards=shards, workers=workers)
             runs[side].append(answer)
     medians = {side: {field: median(run[field] for run in found) for field in found[0]} for side, found in runs.items()}

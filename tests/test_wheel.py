@@ -1,6 +1,7 @@
 """The wheel built from the tree holds all of it and starts outside of it."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,14 @@ def start(unpacked, tmp_path, *words):
 
 def test_nothing_but_vlm_and_its_start_are_installed(unpacked):
     assert {path.name for path in unpacked.iterdir() if path.suffix != ".dist-info"} == {"vlm", "vlm_pipeline.py"}
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("cc") is None, reason="no compiler, or another processor"
+)
+def test_the_compiled_filter_is_built_where_there_is_a_compiler(unpacked, tmp_path):
+    done = start(unpacked, tmp_path, "-c", "from vlm.data import antialias; print(antialias.__file__)")
+    assert done.stdout.strip() == str(unpacked / "vlm" / "data" / "antialias.abi3.so"), done.stderr
 
 
 def test_the_distribution_says_its_name(unpacked):

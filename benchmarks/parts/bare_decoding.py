@@ -1,7 +1,8 @@
 """One side of the loader benchmark, the upper bound of the others: JPEGs in memory to uint8 views, nothing else.
 
-Crops are sampled beforehand; no tar, captions, batches or transfer between processes. Either with the loader's own
-decoder, filter and reduced scales, or with the usual Pillow code: scaled decoding (`draft`) and area averaging (`BOX`).
+Crops are sampled beforehand; no tar, captions, batches or transfer between processes. Always at reduced scales: by the
+loader's decoder with torch's filter ("torch") or its own ("own"), which gives the same pixels, or by the usual Pillow code
+("Pillow"): scaled decoding (`draft`) and area averaging (`BOX`).
 """
 
 import io
@@ -19,7 +20,7 @@ from measure_server import serve
 from PIL import Image
 
 from vlm.data.tar import ShardReader
-from vlm.data.transforms import Crop, RandomResizedCrop
+from vlm.data.transforms import Crop, RandomResizedCrop, resize_antialiased
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def _decode_many(
     images: list[bytes], request: dict[str, Any], count: int, number: int, barrier: Barrier, spans: Any
 ) -> None:
     torch.set_num_threads(1)
-    size, decode = request["size"], _decode_by_pillow if request["by_pillow"] else _decode
+    size, decode = request["size"], _DECODERS[request["filter"]]
     rng = np.random.default_rng(number)
     chosen = [images[place] for place in rng.integers(len(images), size=count)]
     view = RandomResizedCrop(size=size)
@@ -67,7 +68,7 @@ def _decode_many(
     spans.put((began, time.perf_counter()))
 
 
-def _decode(image: bytes, crop: Crop, size: int) -> np.ndarray:
+def _decode_crop(image: bytes, crop: Crop, size: int) -> np.ndarray:
     shorter = min(crop.width, crop.height)
     step = next((step for step in (8, 4, 2) if step * size <= shorter), 1)
     if step == 1:
@@ -77,8 +78,18 @@ def _decode(image: bytes, crop: Crop, size: int) -> np.ndarray:
         pixels = simplejpeg.decode_jpeg(image, min_height=ceil(int(height) / step), min_width=ceil(int(width) / step))
     rows = slice(crop.top // step, (crop.top + crop.height) // step)
     columns = slice(crop.left // step, (crop.left + crop.width) // step)
-    batch = torch.from_numpy(pixels[rows, columns]).unsqueeze(0).permute(0, 3, 1, 2)
+    return pixels[rows, columns]
+
+
+def _decode(image: bytes, crop: Crop, size: int) -> np.ndarray:
+    batch = torch.from_numpy(_decode_crop(image, crop, size)).unsqueeze(0).permute(0, 3, 1, 2)
     return F.interpolate(batch, (size, size), mode="bicubic", antialias=True)[0].numpy()
+
+
+def _decode_by_own_filter(image: bytes, crop: Crop, size: int) -> np.ndarray:
+    shown = np.empty((size, size, 3), np.uint8)
+    resize_antialiased(_decode_crop(image, crop, size), shown, interpolation="bicubic")
+    return shown
 
 
 def _decode_by_pillow(image: bytes, crop: Crop, size: int) -> np.ndarray:
@@ -90,6 +101,9 @@ def _decode_by_pillow(image: bytes, crop: Crop, size: int) -> np.ndarray:
     bottom = min((crop.top + crop.height) / step, pil_image.height)
     box = (crop.left / step, crop.top / step, right, bottom)
     return np.asarray(pil_image.convert("RGB").resize((size, size), Image.Resampling.BOX, box=box))
+
+
+_DECODERS = {"torch": _decode, "own": _decode_by_own_filter, "Pillow": _decode_by_pillow}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
+import ctypes
 import io
+import mmap
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from vlm.data import transforms
 from vlm.data.decode import EncodedImage, open_image, to_rgb
 from vlm.data.samples import SampleRng
 from vlm.data.tar import ShardReader
@@ -278,6 +282,72 @@ def test_resizing_is_that_of_pillow(shape, interpolation):
     found = np.empty((48, 48, 3), np.uint8)
     resize_antialiased(pixels, found, interpolation=interpolation)
     assert np.abs(found.astype(int) - expected).max() <= 2
+
+
+needs_compiled = pytest.mark.skipif(transforms.compiled_filter() is None, reason="no compiled filter here")
+
+
+def by_torch(pixels, shape, interpolation):
+    batch = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    shown = torch.nn.functional.interpolate(batch, shape, mode=interpolation, antialias=True)
+    return shown[0].permute(1, 2, 0).numpy()
+
+
+@needs_compiled
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_the_compiled_filter_is_torchs_to_the_bit(interpolation):
+    rng = np.random.default_rng(0)
+    for number in range(150):
+        shape = [int(size) for size in rng.choice([1, 7, 16, 33, 64, 96, 132, 224, 225], 2)]
+        height, width = (max(1, int(size * rng.uniform(0.02, 3.6))) for size in shape)
+        pixels = rng.integers(0, 256, (height + 3, width + 5, 3), dtype=np.uint8)
+        if number % 2:  # the steepest edges there are, whose sums leave the range of a byte
+            pixels = pixels // 128 * 255
+        crop = pixels[2 : 2 + height, 1 : 1 + width]
+        found = np.zeros((*shape, 3), np.uint8)
+        resize_antialiased(crop, found, interpolation=interpolation)
+        assert (found == by_torch(crop, shape, interpolation)).all(), (crop.shape, shape)
+
+
+@needs_compiled
+def test_what_the_compiled_filter_cannot_do_torch_does():
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 300, 3), dtype=np.uint8)
+    kernel = transforms.compiled_filter()
+    assert kernel is not None
+    for turned, shape in (
+        (pixels, (60, 20)),  # shrunk to a fifteenth
+        (pixels, (90, 90)),
+        (pixels[::-1, ::-1], (48, 200)),
+        (pixels.transpose(1, 0, 2), (200, 48)),
+        (pixels[::-1], (48, 200)),
+    ):
+        found = np.zeros((*shape, 3), np.uint8)
+        resize_antialiased(turned, found, interpolation="bicubic")
+        assert (found == by_torch(turned, shape, "bicubic")).all()
+    with pytest.raises(ValueError, match="begins in the image"):
+        kernel.axis(np.array([5], np.int32), np.array([[1]], np.int16), 5, 8)
+
+
+@needs_compiled
+def test_a_row_at_the_end_of_memory_is_not_read_past_it():
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 2 * page)
+    # the second page may not be touched
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + page), page, 0) == 0
+    pixels = np.frombuffer(memory, np.uint8)[page - 30 * 40 * 3 : page].reshape(30, 40, 3)
+    found = np.ones((64, 64, 3), np.uint8)
+    resize_antialiased(pixels, found, interpolation="bicubic")
+    assert not found.any()
+
+
+def test_without_the_compiled_filter_views_are_the_same(monkeypatch, make_image):
+    image = EncodedImage(make_image(0, size=(90, 70)))
+    view = RandomResizedCrop(size=48)
+    crop = view.draw(90, 70, np.random.default_rng(0))
+    shown = view.show(image, crop)
+    monkeypatch.setattr(transforms, "compiled_filter", lambda: None)
+    assert (view.show(image, crop) == shown).all()
 
 
 def test_views_of_real_photos_are_close_to_those_of_the_whole_decoding(datasets):
