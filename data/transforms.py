@@ -338,12 +338,14 @@ class RandomResizedCrop:
         step = image.reduction_of(pixels)
         if image.orientation != 1 and any(overhang := image.overhang(step)):
             self._crop_between_pixels(pixels, crop, step, overhang, out=out)
+            if crop.is_flipped:
+                _mirror(out)
         else:
             rows = slice(crop.top // step, max((crop.top + crop.height) // step, 1))
             columns = slice(crop.left // step, max((crop.left + crop.width) // step, 1))
-            resize_antialiased(pixels[rows, columns], out, interpolation=self.interpolation)
-        if crop.is_flipped:
-            out[:] = out[:, ::-1]
+            resize_antialiased(
+                pixels[rows, columns], out, interpolation=self.interpolation, is_mirrored=crop.is_flipped
+            )
 
     def _crop_between_pixels(
         self,
@@ -370,17 +372,34 @@ def _reduced_edges(first: int, length: int, overhang: int, step: int, num_pixels
 
 
 def resize_antialiased(
-    pixels: UInt8[Array, "H W 3"], out: UInt8[Array, "height width 3"], *, interpolation: str
+    pixels: UInt8[Array, "H W 3"],
+    out: UInt8[Array, "height width 3"],
+    *,
+    interpolation: str,
+    is_mirrored: bool = False,
 ) -> None:
     """Resize to the size of `out` by torch's antialiased filter: Pillow's results within two levels, in a fifth of its
     time, or a twentieth where the compiled module can do it.
+
+    is_mirrored: then exchange left and right.
     """
     kernel = compiled_filter()
-    if kernel is not None and _resize_by_kernel(kernel, pixels, out, interpolation):
+    if kernel is not None and _resize_by_kernel(kernel, pixels, out, interpolation, is_mirrored=is_mirrored):
         return
     if min(pixels.strides) < 0:  # an image turned upright; torch has no negative strides
         pixels = np.ascontiguousarray(pixels)
     _resize_by_torch(pixels, out, interpolation)
+    if is_mirrored:
+        _mirror(out)
+
+
+def _mirror(pixels: UInt8[Array, "H W 3"]) -> None:
+    """Exchange left and right."""
+    import torch
+
+    tensor = torch.from_numpy(pixels)
+    # numpy copies the bytes of such a view one by one, which takes longer than decoding a small photo
+    tensor.copy_(tensor.flip(1))
 
 
 def _resize_by_torch(pixels: UInt8[Array, "H W 3"], out: UInt8[Array, "h w 3"], interpolation: str) -> None:
@@ -427,25 +446,35 @@ def compiled_filter() -> ModuleType | None:
 
 
 def _resize_by_kernel(
-    kernel: Any, pixels: UInt8[Array, "H W 3"], out: UInt8[Array, "h w 3"], interpolation: str
+    kernel: Any,
+    pixels: UInt8[Array, "H W 3"],
+    out: UInt8[Array, "h w 3"],
+    interpolation: str,
+    *,
+    is_mirrored: bool = False,
 ) -> bool:
     """Whether it could: not where an image is shrunk to less than a third, or was turned upright."""
-    across = _filter_axis(pixels.shape[1], out.shape[1], interpolation)
+    across = _filter_axis(pixels.shape[1], out.shape[1], interpolation, is_mirrored)
     down = _filter_axis(pixels.shape[0], out.shape[0], interpolation)
     return across is not None and down is not None and kernel.resize(pixels, out, across, down)
 
 
 # of crops of photos of all sizes, which decoding brings to one to two times the view, there are a few hundred
 @lru_cache(maxsize=512)
-def _filter_axis(size: int, size_out: int, interpolation: str) -> Any:
-    """What the compiled module needs to resize from `size` pixels to `size_out`; None where that is too far."""
+def _filter_axis(size: int, size_out: int, interpolation: str, is_mirrored: bool = False) -> Any:
+    """What the compiled module needs to resize from `size` pixels to `size_out`; None where that is too far.
+
+    is_mirrored: the result from its end to its beginning, for which a mirrored view needs no pass of its own.
+    """
     from vlm.data import antialias
 
-    return antialias.axis(*_filter_taps(size, size_out, interpolation))
+    starts, taps, precision = _filter_taps(size, size_out, interpolation)
+    step = -1 if is_mirrored else 1
+    return antialias.axis(np.ascontiguousarray(starts[::step]), np.ascontiguousarray(taps[::step]), size, precision)
 
 
-def _filter_taps(size: int, size_out: int, interpolation: str) -> tuple[Int[Array, " h"], Int[Array, "h K"], int, int]:
-    """Where the taps of each pixel of the result begin, their weights times 2^precision, `size`, and the precision.
+def _filter_taps(size: int, size_out: int, interpolation: str) -> tuple[Int[Array, " h"], Int[Array, "h K"], int]:
+    """Where the taps of each pixel of the result begin, their weights times 2^precision, and the precision.
 
     torch's own numbers, read off its filter in 64-bit floats, since the same formula rounds otherwise elsewhere: each
     row of `impulses` is 1 at every `period`-th pixel, so that a pixel of the result is the weight of the one it sees.
@@ -477,7 +506,7 @@ def _filter_taps(size: int, size_out: int, interpolation: str) -> tuple[Int[Arra
     num_taps = int((period - is_used[:, ::-1].argmax(axis=1) - skipped).max())
     padded = np.pad(taps, ((0, 0), (0, num_taps)))
     used_taps = np.take_along_axis(padded, skipped[:, None] + np.arange(num_taps), axis=1)
-    return (first + skipped).astype(np.int32), used_taps, size, precision
+    return (first + skipped).astype(np.int32), used_taps, precision
 
 
 def _channels_first(image: Image.Image) -> np.ndarray:

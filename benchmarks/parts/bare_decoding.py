@@ -1,7 +1,7 @@
 """One side of the loader benchmark, the upper bound of the others: JPEGs in memory to uint8 views, nothing else.
 
-Crops are sampled beforehand; no tar, captions, batches or transfer between processes. Always at reduced scales: by the
-loader's decoder with torch's filter ("torch") or its own ("own"), which gives the same pixels, or by the usual Pillow code
+Crops are sampled beforehand; no tar, captions, batches or transfer between processes. Decoded at reduced scales, by the
+loader's decoder with torch's filter ("torch") or with its own ("own", the same pixels), or by the usual Pillow code
 ("Pillow"): scaled decoding (`draft`) and area averaging (`BOX`).
 """
 

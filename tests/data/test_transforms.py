@@ -306,7 +306,10 @@ def test_the_compiled_filter_is_torchs_to_the_bit(interpolation):
         crop = pixels[2 : 2 + height, 1 : 1 + width]
         found = np.zeros((*shape, 3), np.uint8)
         resize_antialiased(crop, found, interpolation=interpolation)
-        assert (found == by_torch(crop, shape, interpolation)).all(), (crop.shape, shape)
+        expected = by_torch(crop, shape, interpolation)
+        assert (found == expected).all(), (crop.shape, shape)
+        resize_antialiased(crop, found, interpolation=interpolation, is_mirrored=True)
+        assert (found == expected[:, ::-1]).all(), (crop.shape, shape)
 
 
 @needs_compiled
@@ -345,9 +348,12 @@ def test_without_the_compiled_filter_views_are_the_same(monkeypatch, make_image)
     image = EncodedImage(make_image(0, size=(90, 70)))
     view = RandomResizedCrop(size=48)
     crop = view.draw(90, 70, np.random.default_rng(0))
-    shown = view.show(image, crop)
+    crops = crop, crop._replace(is_flipped=True)
+    shown, mirrored = (view.show(image, crop) for crop in crops)
+    assert (mirrored == shown[..., ::-1]).all()
     monkeypatch.setattr(transforms, "compiled_filter", lambda: None)
-    assert (view.show(image, crop) == shown).all()
+    assert (view.show(image, crops[0]) == shown).all()
+    assert (view.show(image, crops[1]) == mirrored).all()
 
 
 def test_views_of_real_photos_are_close_to_those_of_the_whole_decoding(datasets):
