@@ -6,7 +6,9 @@
 Whole commands, start and end included, on the same shards; both are evaluated by the same code on val. Each side trains
 the network of its choice (ours: OWN_CHOICE in parts/quality_settings.py); the same network on both sides is compared by
 benchmarks/run quality. Each of our runs is one that a user would make, with a warm-up and a decay of its own length;
-the last is meant to take as long as open_clip's. Results are kept with those of the quality benchmark (--keep FOLDER).
+the last is meant to take as long as open_clip's. --pretrained adds a run that begins with the image tower of the extra
+local-weights (fashion alone) and computes its features within its time. Results are kept with those of the quality
+benchmark (--keep FOLDER).
 To try it: --shards 1 --epochs 1 --full-epochs 1 --their-epochs 1.
 """
 
@@ -45,6 +47,9 @@ class Arguments:
 
     full_epochs: int = -1
     """Length of our last run; -1: meant to take open_clip's time; 0: no such run."""
+
+    pretrained: bool = False
+    """Add a run from weights trained by others (pip install 'vlm-pipeline[local-weights]')."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of our forward pass (open_clip's is fp32); a CPU without bfloat16 instructions is slower with bf16."""
@@ -145,9 +150,8 @@ def _our_runs(data: DataSet, arguments: Arguments) -> list[Run]:
     full_epochs = choice.full_epochs if arguments.full_epochs < 0 else arguments.full_epochs
     lengths = [("ours", epochs, choice.short_words) for epochs in arguments.epochs]
     lengths += [("ours, at its full time", full_epochs, choice.full_words)] if full_epochs else []
-    runs: list[Run] = []
-    for name, epochs, added in lengths:
-        run = Run(
+    runs = [
+        Run(
             data=data,
             trainer="ours",
             name=name,
@@ -157,8 +161,24 @@ def _our_runs(data: DataSet, arguments: Arguments) -> list[Run]:
             batch_size=BATCH_SIZE,
             preset=choice.preset,
         )
+        for name, epochs, added in lengths
+    ]
+    if arguments.pretrained and choice.pretrained is not None:
+        preset, batch_size, epochs = choice.pretrained
+        runs.append(
+            Run(
+                data=data,
+                trainer="ours",
+                name=f"ours, {preset}",
+                seed=arguments.seed,
+                words=(),
+                epochs=epochs,
+                batch_size=batch_size,
+                preset=preset,
+            )
+        )
+    for run in runs:
         configuration(run)
-        runs.append(run)
     return runs
 
 

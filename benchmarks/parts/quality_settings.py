@@ -67,7 +67,8 @@ class OwnChoice:
     """Ours where each side trains the network it likes (time to quality): the preset, and options added to it.
 
     short_words: added in runs too short for the preset's own warm-up, average and flips. full_words: added in the run
-    of `full_epochs`, which is meant to take open_clip's time on two cores.
+    of `full_epochs`, which is meant to take open_clip's time on two cores. pretrained: the preset, batch size and
+    epochs of a run that begins with weights trained by others.
     """
 
     preset: str
@@ -75,6 +76,7 @@ class OwnChoice:
     short_words: tuple[str, ...] = ("--warmup-steps", "{warmup}", "--ema-decay", "0")
     full_words: tuple[str, ...] = ()
     full_epochs: int
+    pretrained: tuple[str, int, int] | None = None
 
 
 _SMALL_KERNELS = "timm:test_convnext3,overrides={'kernel_sizes':(3,3,3,3)}+bag@192"
@@ -87,6 +89,7 @@ OWN_CHOICE: dict[str, OwnChoice] = {
         short_words=("--warmup-steps", "{warmup}", "--ema-decay", "0", "--flip", "0"),
         full_words=("--architecture", _TWICE_AS_WIDE),
         full_epochs=30,
+        pretrained=("lit-words", 512, 10),
     ),
     "flickr8k": OwnChoice(preset="flickr8k-words", full_epochs=20),
 }

@@ -35,3 +35,16 @@ def test_our_runs_are_short_ones_and_one_at_open_clip_s_time(benchmark, name):
     assert one.model.channels_last
     assert other.model.channels_last
     assert [run.epochs for run in benchmark._our_runs(data, benchmark.Arguments(epochs=(3,), full_epochs=0))] == [3]
+
+
+def test_a_run_from_pretrained_weights_is_added_where_it_is_asked_for(benchmark):
+    from parts.quality_data import DataSet
+    from parts.quality_plan import configuration
+
+    data = DataSet(
+        name="fashion", train="t.tar", val="v.tar", num_train=7383, tokenizer=Path("w.model"), first_captions="t.tar"
+    )
+    (run,) = benchmark._our_runs(data, benchmark.Arguments(epochs=(), full_epochs=0, pretrained=True))
+    config = configuration(run)
+    assert (run.name, config.steps, config.batch_size) == ("ours, lit-words", 150, 512)
+    assert "initial_weights" in config.model.architecture
