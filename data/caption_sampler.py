@@ -5,14 +5,16 @@
 known by their content, so they may be moved or renamed, and a run may read some of them only.
 """
 
+import logging
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlm.data.sampler import LruCache
 from vlm.data.samples import (
@@ -21,15 +23,18 @@ from vlm.data.samples import (
     Captions,
     RandomSource,
     Sample,
+    metadata_value,
     parse_tags,
     random_below,
     select_languages,
     shuffled,
 )
 from vlm.data.shard_cache import ShardCache
-from vlm.data.tar import open_index
+from vlm.data.tar import ShardReader, open_index
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.manifest import Manifest, damage_as_error, read_manifest
+
+logger = logging.getLogger(__name__)
 
 _WEIGHTS = "caption_weights"
 # a Latin mark ends a sentence only before a space (3.5 stays whole), a CJK mark always, the last of a row
@@ -54,6 +59,7 @@ class CaptionSampler:
     languages: drawn from, uniformly or by `language_weights`; empty uses the first one of each sample.
         `tags` means the sample's tags, joined in a random order. Any group of captions stored under a name
         (`captions_synthetic`) is requested like a language.
+    tag_fields: metadata fields, dots selecting nested ones, whose values are tags as well.
     sentences: of the drawn caption, show one sentence, drawn uniformly (DreamLIP's sub-captions).
 
     Within a language captions are drawn uniformly, or by the sample's own `caption_weights`: a list next to
@@ -62,9 +68,15 @@ class CaptionSampler:
 
     languages: tuple[str, ...] = ()
     language_weights: tuple[float, ...] = ()
+    tag_fields: tuple[str, ...] = ()
     sentences: bool = False
 
     def __post_init__(self) -> None:
+        if self.tag_fields and TAGS not in self.languages:
+            raise UsageError(
+                f"tag_fields = {self.tag_fields} are shown where tags are requested; give --languages en {TAGS}, with "
+                "the languages of your captions."
+            )
         if self.language_weights and len(self.language_weights) != len(self.languages):
             raise UsageError(
                 f"{len(self.language_weights)} language_weights for {len(self.languages)} languages; give one each."
@@ -83,7 +95,7 @@ class CaptionSampler:
         captions = sample.captions
         if not self.languages and captions and _WEIGHTS not in sample.metadata:
             return self._draw_from_first(captions, rng)
-        tags = parse_tags(sample.metadata) if TAGS in self.languages else ()
+        tags = self.tags_of(sample.metadata) if TAGS in self.languages else ()
         if tags:
             # a new dictionary: the numbers of captions are counted in the one that was stored
             captions = captions | {TAGS: (", ".join(shuffled(tags, rng)),)}
@@ -102,6 +114,13 @@ class CaptionSampler:
             text = sentences[random_below(rng, len(sentences))]
         number = _caption_index(sample.captions, stored_language, position)
         return SampledCaption(text=text, language=language, number=number)
+
+    def tags_of(self, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+        """A sample's tags, and the texts and numbers in its `tag_fields`, each once."""
+        tags = dict.fromkeys(parse_tags(metadata))
+        for name in self.tag_fields:
+            tags |= dict.fromkeys(_texts_of(metadata_value(metadata, name)))
+        return tuple(tags)
 
     def _draw_from_first(self, captions: Captions, rng: RandomSource) -> SampledCaption:
         """As `__call__` where no language is requested and no weights are given, which is nearly always."""
@@ -139,6 +158,37 @@ class CaptionSampler:
         if sum(weights) <= 0:
             raise BadSample("no caption", f"only in languages of weight 0: {candidates}")
         return weights
+
+
+def _texts_of(value: Any) -> list[str]:
+    """A text or number, or a list of them, as texts."""
+    texts: list[str] = []
+    for each in value if isinstance(value, list) else [value]:
+        # true and false say nothing without the name of their field
+        if isinstance(each, str | int | float) and not isinstance(each, bool) and (text := str(each).strip()):
+            texts.append(text)
+    return texts
+
+
+def warn_of_unseen_fields(names: Sequence[str], shard: str, cache: ShardCache | None = None) -> None:
+    """Warn of fields that no sample of a shard has: a misspelt one would never be shown, and nothing would tell."""
+    unseen = set(names)
+    found: set[str] = set()
+    with closing(ShardReader(shard, cache)) as reader:
+        for number in range(len(reader)):
+            try:
+                metadata = reader.read(number).metadata
+            except BadSample:
+                continue
+            found |= metadata.keys()
+            unseen = {name for name in unseen if not _texts_of(metadata_value(metadata, name))}
+            if not unseen:
+                return
+    for name in sorted(unseen):
+        logger.warning(
+            f"No sample of {shard} has a text or number in the field {name!r}, which --tag-fields names; its fields "
+            f"are {', '.join(sorted(found)) or 'none at all'}."
+        )
 
 
 def split_sentences(text: str) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm.data.samples import metadata_value
 from vlm.errors import BadSample, UsageError
 
 
@@ -22,9 +23,7 @@ class ClassLabels:
         Raises:
             BadSample: it has no such field, or its value is not among the names.
         """
-        value: Any = metadata
-        for part in self.field.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
+        value = metadata_value(metadata, self.field)
         # true and false would be the classes 1 and 0
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise BadSample("no class", f"its metadata has no text or number as {self.field!r}")

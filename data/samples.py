@@ -311,12 +311,24 @@ TAGS = "tags"
 """The language under which the tags of a sample can be requested."""
 
 
-def parse_tags(metadata: dict[str, Any]) -> tuple[str, ...]:
+def parse_tags(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """The tags of a sample: `tags`, a list or words separated by commas."""
     raw = metadata.get("tags")
     if isinstance(raw, str):
         raw = raw.split(",")
     return _texts(raw) if isinstance(raw, list) else ()
+
+
+def metadata_value(metadata: Mapping[str, Any], name: str) -> Any:
+    """The value of a field, dots selecting nested ones; None where there is none.
+
+    >>> metadata_value({"exif": {"iso": 100}}, "exif.iso")
+    100
+    """
+    value: Any = metadata
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def parse_npy(data: bytes, name: str) -> np.ndarray:

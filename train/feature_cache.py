@@ -27,7 +27,7 @@ from vlm.console import progress
 from vlm.data.loader import stream_batches
 from vlm.data.precomputed_features import CachedFeatures
 from vlm.data.sampler import SequentialBatches
-from vlm.data.samples import select_languages
+from vlm.data.samples import TAGS, select_languages
 from vlm.data.shards import EvalBatch, EvalCollator, count_samples, shards_fingerprint
 from vlm.data.tokenizers import trim_tokens
 from vlm.errors import BadSample, UsageError, VlmError
@@ -104,6 +104,7 @@ def check_cacheable(config: TrainConfig, model: VisionLanguageModel) -> list[Tow
         ("image" in towers and loader.decode_on_device, "--decode-on-device decodes images that are not read"),
         ("image" in towers and objective.local_views, "--local-views shows the image tower more than is cached"),
         ("text" in towers and loader.sentences, "--sentences shows parts of captions"),
+        ("text" in towers and TAGS in loader.languages, "--languages with tags shows them in an order drawn anew"),
         ("text" in towers and loader.captions_from, "--captions-from shows captions that are not in the shards"),
         (loader.caption_blend and "text" not in towers, "--caption-blend averages features of a locked text tower"),
     )

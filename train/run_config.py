@@ -195,10 +195,7 @@ class OptimizerConfig:
     """ε of Adam."""
 
     layer_decay: Annotated[float, tyro.conf.arg(name="layer-lr-decay")] = 1.0
-    """Learning-rate multiplier from each group of layers to the one before it, in the towers; 1 trains all alike.
-
-    Features of early layers are general, and need smaller steps (BEiT, Bao et al. 2022, §A; timm's groups of layers).
-    """
+    """Learning-rate multiplier from each group of layers to the one before it (BEiT, §A); 1 trains all alike."""
 
     warmup_steps: int = 100
     """Warm-up steps."""
@@ -243,6 +240,9 @@ class LoaderConfig:
 
     language_weights: tuple[float, ...] = ()
     """Sampling weight of each language; empty weighs all equally."""
+
+    tag_fields: tuple[str, ...] = ()
+    """Metadata fields whose values are tags as well, e.g. colour and year; needs `tags` among --languages."""
 
     sentences: bool = False
     """Sample one sentence of a long caption; split after . ! ? before a space ("Dr. Smith" too), and after 。！？."""

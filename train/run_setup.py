@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlm.config import from_toml, read_toml, to_toml
 from vlm.data.batch_order import arrange_batches
-from vlm.data.caption_sampler import CaptionMix, CaptionSampler
+from vlm.data.caption_sampler import CaptionMix, CaptionSampler, warn_of_unseen_fields
 from vlm.data.class_labels import open_class_labels
 from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.corpus import Corpus, open_corpus, read_sources
@@ -287,6 +287,8 @@ def open_data(config: TrainConfig, cache: ShardCache | None, device: torch.devic
         check_decoder(device)
     if config.loader.arrays:
         check_views(corpus.shards, config.loader)
+    if config.loader.tag_fields:
+        warn_of_unseen_fields(config.loader.tag_fields, corpus.shards[0], cache)
     # indexed through the run's own cache; later reads meet them there
     for shards in (config.val, config.val_other):
         count_samples(expand_shards(shards) if shards else [], cache=cache)
@@ -349,12 +351,6 @@ def build_model(config: TrainConfig, device: torch.device, *, with_bias: bool = 
         model = _fresh_model(config, device, with_bias=with_bias)
     if config.objective.temperature:
         model.network.get_parameter("logit_scale").data.fill_(-math.log(config.objective.temperature))
-    if config.micro_batch and (batch_norms := batch_norm_layers(model.network)):
-        raise UsageError(
-            f"{model_settings.architecture} normalises by statistics of the batch ({batch_norms[0]} and "
-            f"{len(batch_norms) - 1} more layers), so micro-batches would not give the gradient of the whole batch. "
-            "Leave out --micro-batch, or use a tower with layer norms (a ViT, a ConvNeXt)."
-        )
     if model_settings.gradient_checkpointing:
         model.network.set_grad_checkpointing(True)
     if model_settings.lora_rank:
@@ -467,6 +463,13 @@ def open_task(
     for tower in ("image", "text"):
         if config.model.lock in (tower, "both"):
             lock_tower(model.network, tower, config.model.unlocked_groups)
+    # locked ones keep their statistics
+    if config.micro_batch and (batch_norms := batch_norm_layers(model.network)):
+        raise UsageError(
+            f"{config.model.start_from or config.model.architecture} normalises by statistics of the batch "
+            f"({batch_norms[0]} and {len(batch_norms) - 1} more layers), so micro-batches would not give the gradient "
+            "of the whole batch. Leave out --micro-batch, or use a tower with layer norms (a ViT, a ConvNeXt)."
+        )
     if config.model.locked_features_gb:
         keep_locked_features(model.network, config.model.locked_features_gb)
     # after locking, before the optimizer sees the parameters: it replaces modules, not weights
@@ -575,6 +578,7 @@ def build_collator(
         draw=CaptionSampler(
             languages=config.loader.languages,
             language_weights=config.loader.language_weights,
+            tag_fields=config.loader.tag_fields,
             sentences=config.loader.sentences,
         ),
         arrays=PrecomputedFeatures(names=config.loader.arrays) if config.loader.arrays else None,

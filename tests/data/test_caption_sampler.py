@@ -2,9 +2,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from webdataset.writer import TarWriter
 
-from vlm.data.caption_sampler import CaptionSampler, split_sentences
-from vlm.data.samples import Sample, parse_captions, parse_tags
+from vlm.data.caption_sampler import CaptionSampler, split_sentences, warn_of_unseen_fields
+from vlm.data.pack import encode_pair
+from vlm.data.samples import Pair, Sample, parse_captions, parse_tags
 from vlm.errors import BadSample, UsageError
 
 
@@ -57,6 +59,36 @@ def test_tags_are_shown_in_a_drawn_order():
     assert set(drawn(tagged, languages=("tags",), times=50)) == {("tags", -1, "dog, wet"), ("tags", -1, "wet, dog")}
     assert parse_tags({"tags": "dog, wet ,"}) == ("dog", "wet")
     assert parse_tags({"tags": 3}) == ()
+
+
+def test_values_of_fields_are_shown_as_tags():
+    sold = sample_of(captions=["a jug"], colour="Blue", made={"year": 2011}, uses=["tea", None, "milk"], new=True)
+    sampler = CaptionSampler(languages=("en", "tags"), tag_fields=("colour", "made.year", "uses", "new", "none"))
+    assert sampler.tags_of(sold.metadata) == ("Blue", "2011", "tea", "milk")
+    both = drawn(sold, languages=("en", "tags"), tag_fields=("colour", "made.year"), times=50)
+    assert set(both) == {("en", 0, "a jug"), ("tags", -1, "Blue, 2011"), ("tags", -1, "2011, Blue")}
+    # a sample without any of the fields keeps its captions
+    assert set(drawn(sold, languages=("en", "tags"), tag_fields=("none",), times=9)) == {("en", 0, "a jug")}
+    tagged = sample_of(captions=["a jug"], tags="blue, tea", colour="blue")
+    assert sampler.tags_of(tagged.metadata) == ("blue", "tea")
+    with pytest.raises(UsageError, match="give --languages en tags"):
+        CaptionSampler(languages=("en",), tag_fields=("colour",))
+
+
+def test_a_misspelt_field_is_told(tmp_path, make_image, caplog):
+    shard = tmp_path / "s.tar"
+    with TarWriter(str(shard), encoder=False) as tar:
+        for number, colour in enumerate(("", "blue")):
+            captions = {"en": ("A jug.",)}
+            pair = Pair(key=f"{number}", image=make_image(number), captions=captions, metadata={"colour": colour})
+            tar.write(encode_pair(pair))
+    warn_of_unseen_fields(("colour",), str(shard))
+    assert not caplog.records
+    warn_of_unseen_fields(("colour", "color"), str(shard))
+    (record,) = caplog.records
+    assert "has a text or number in the field 'color', which --tag-fields names" in record.message
+    assert "its fields are " in record.message
+    assert "colour" in record.message.split("its fields are")[1]
 
 
 def test_a_long_caption_is_shown_a_sentence_at_a_time():

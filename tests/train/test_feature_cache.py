@@ -154,6 +154,7 @@ def test_captions_are_blended_within_their_language(configure_frozen):
         ({"model": {"lock": ""}}, "no tower is locked"),
         ({"model": {"unlocked_groups": 1}}, "--unlocked-groups 1 trains"),
         ({"loader": {"sentences": True}}, "--sentences"),
+        ({"loader": {"languages": ("en", "tags")}}, "--languages with tags"),
         ({"model": {"lock": "image"}, "loader": {"caption_blend": 1.0}}, "--caption-blend averages"),
         ({"model": {"drop_path": 0.1, "lock": "image"}}, "drops nothing"),
     ],

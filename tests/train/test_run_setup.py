@@ -69,6 +69,23 @@ def test_attention_on_a_cpu_is_plain_in_bfloat16(configure, settings, is_fused):
     assert any("flash_attention" in name for name in names) is is_fused
 
 
+def test_a_tower_with_batch_norm_is_trained_in_parts_only_where_it_is_locked(configure):
+    model = {"architecture": "timm:test_efficientnet,image_size=32+bag@16"}
+    with pytest.raises(UsageError, match=r"image_size=32\+bag@16 normalises by statistics of the batch"):
+        open_session(configure("free", micro_batch=10, model=model), resume=False)
+    session = open_session(configure("locked", micro_batch=10, model=model | {"lock": "image"}), resume=False)
+    assert len(next(session.open_batches())) == 2
+
+
+def test_values_of_fields_are_trained_on_as_captions(configure, caplog):
+    loader = {"languages": ("en", "tags"), "tag_fields": ("label", "colour")}
+    session = open_session(configure("run", steps=3, loader=loader), resume=False)
+    drawn = [caption for parts in session.open_batches() for batch in parts for caption in batch.drawn]
+    assert {caption.language for caption in drawn} == {"en", "tags"}
+    (record,) = [record for record in caplog.records if "--tag-fields" in record.message]
+    assert "'colour', which --tag-fields names; its fields are captions, label, scene." in record.message
+
+
 def test_a_run_from_a_file_of_weights_records_it_and_sees_what_they_saw(configure, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(timm.create_model("test_efficientnet", num_classes=3).state_dict(), path)
