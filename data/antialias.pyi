@@ -4,13 +4,14 @@ from typing import Any
 
 import numpy as np
 
-def is_supported() -> bool:
-    """Whether the processor has what resizing needs."""
+def vector_bits() -> int:
+    """Bits of the widest vectors that can resize here: 512, 256, or 0."""
 
-def axis(starts: np.ndarray, taps: np.ndarray, size: int, precision: int) -> Any:
+def axis(starts: np.ndarray, taps: np.ndarray, size: int, precision: int, bits: int) -> Any:
     """Arrange the taps of one direction; None where there are too many.
 
-    starts: int32 [size_out]. taps: int16 [size_out, taps], times 2^precision. size: pixels of the image.
+    starts: int32 [size_out]. taps: int16 [size_out, taps], times 2^precision. size: pixels of the image. bits: of the
+    vectors that are to resize.
     """
 
 def resize(pixels: np.ndarray, out: np.ndarray, across: Any, down: Any) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property, lru_cache
 from math import ceil, exp, floor, isqrt, log, sqrt
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,8 +28,8 @@ _SUPPORTS = {"bicubic": 2.0, "bilinear": 1.0}
 # of torch's whole-number weights, in bits behind the point
 _MAX_PRECISION = 22
 # height and width of an image, and the size of its view, for which the compiled filter is compared with torch's:
-# enlarged, left, shrunk by all numbers of taps and both widths of a row's reach
-_PROBES = ((140, 61, 224), (64, 64, 64), (97, 130, 96), (150, 170, 96), (90, 75, 33), (33, 100, 30))
+# enlarged, left, and shrunk by all numbers of taps
+_PROBES = ((140, 61, 224), (64, 64, 64), (97, 130, 96), (150, 170, 96), (90, 75, 33), (33, 88, 30))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,8 +382,8 @@ def resize_antialiased(
 
     is_mirrored: then exchange left and right.
     """
-    kernel = compiled_filter()
-    if kernel is not None and _resize_by_kernel(kernel, pixels, out, interpolation, is_mirrored=is_mirrored):
+    bits = compiled_filter()
+    if bits and _resize_by_kernel(bits, pixels, out, interpolation, is_mirrored=is_mirrored):
         return
     if min(pixels.strides) < 0:  # an image turned upright; torch has no negative strides
         pixels = np.ascontiguousarray(pixels)
@@ -423,30 +422,34 @@ def _batch_of_one(pixels: UInt8[Array, "H W 3"]) -> UInt8[Tensor, "1 3 H W"]:
 
 
 @cache
-def compiled_filter() -> ModuleType | None:
-    """The compiled module that resizes as torch does (`antialias.c`); None where it is not built, the processor lacks
-    what it needs, or its pixels are not those of the torch that is installed.
+def compiled_filter() -> int:
+    """Bits of the vectors with which the compiled module (`antialias.c`) resizes as torch does: 512 or 256.
+
+    0 where it is not built, the processor has neither, or its pixels are not those of the torch that is installed.
     """
     try:
         from vlm.data import antialias
     except ImportError:
-        return None
-    if not antialias.is_supported():
-        return None
+        return 0
+    widest = antialias.vector_bits()
+    return next((bits for bits in (512, 256) if bits <= widest and _is_torchs_filter(bits)), 0)
+
+
+def _is_torchs_filter(bits: int) -> bool:
     rng = np.random.default_rng(0)
     for height, width, size in _PROBES:
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         for interpolation in _SUPPORTS:
             found, expected = np.zeros((2, size, size, 3), np.uint8)
             _resize_by_torch(pixels, expected, interpolation)
-            _resize_by_kernel(antialias, pixels, found, interpolation)
+            _resize_by_kernel(bits, pixels, found, interpolation)
             if not np.array_equal(found, expected):
-                return None
-    return antialias
+                return False
+    return True
 
 
 def _resize_by_kernel(
-    kernel: Any,
+    bits: int,
     pixels: UInt8[Array, "H W 3"],
     out: UInt8[Array, "h w 3"],
     interpolation: str,
@@ -454,14 +457,16 @@ def _resize_by_kernel(
     is_mirrored: bool = False,
 ) -> bool:
     """Whether it could: not where an image is shrunk to less than a third, or was turned upright."""
-    across = _filter_axis(pixels.shape[1], out.shape[1], interpolation, is_mirrored)
-    down = _filter_axis(pixels.shape[0], out.shape[0], interpolation)
-    return across is not None and down is not None and kernel.resize(pixels, out, across, down)
+    from vlm.data import antialias
+
+    across = _filter_axis(pixels.shape[1], out.shape[1], interpolation, bits, is_mirrored)
+    down = _filter_axis(pixels.shape[0], out.shape[0], interpolation, bits)
+    return across is not None and down is not None and antialias.resize(pixels, out, across, down)
 
 
 # of crops of photos of all sizes, which decoding brings to one to two times the view, there are a few hundred
 @lru_cache(maxsize=512)
-def _filter_axis(size: int, size_out: int, interpolation: str, is_mirrored: bool = False) -> Any:
+def _filter_axis(size: int, size_out: int, interpolation: str, bits: int, is_mirrored: bool = False) -> Any:
     """What the compiled module needs to resize from `size` pixels to `size_out`; None where that is too far.
 
     is_mirrored: the result from its end to its beginning, for which a mirrored view needs no pass of its own.
@@ -469,8 +474,9 @@ def _filter_axis(size: int, size_out: int, interpolation: str, is_mirrored: bool
     from vlm.data import antialias
 
     starts, taps, precision = _filter_taps(size, size_out, interpolation)
-    step = -1 if is_mirrored else 1
-    return antialias.axis(np.ascontiguousarray(starts[::step]), np.ascontiguousarray(taps[::step]), size, precision)
+    if is_mirrored:
+        starts, taps = np.flip(starts).copy(), np.flip(taps, axis=0).copy()
+    return antialias.axis(starts, taps, size, precision, bits)
 
 
 def _filter_taps(size: int, size_out: int, interpolation: str) -> tuple[Int[Array, " h"], Int[Array, "h K"], int]:

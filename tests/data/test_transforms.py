@@ -284,7 +284,13 @@ def test_resizing_is_that_of_pillow(shape, interpolation):
     assert np.abs(found.astype(int) - expected).max() <= 2
 
 
-needs_compiled = pytest.mark.skipif(transforms.compiled_filter() is None, reason="no compiled filter here")
+@pytest.fixture(params=[512, 256], ids=["AVX-512", "AVX2"])
+def compiled(request, monkeypatch):
+    """The compiled filter with vectors of so many bits."""
+    if request.param > transforms.compiled_filter():
+        pytest.skip("no such filter here")
+    monkeypatch.setattr(transforms, "compiled_filter", lambda: request.param)
+    return request.param
 
 
 def by_torch(pixels, shape, interpolation):
@@ -293,9 +299,8 @@ def by_torch(pixels, shape, interpolation):
     return shown[0].permute(1, 2, 0).numpy()
 
 
-@needs_compiled
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_the_compiled_filter_is_torchs_to_the_bit(interpolation):
+def test_the_compiled_filter_is_torchs_to_the_bit(compiled, interpolation):
     rng = np.random.default_rng(0)
     for number in range(150):
         shape = [int(size) for size in rng.choice([1, 7, 16, 33, 64, 96, 132, 224, 225], 2)]
@@ -312,13 +317,11 @@ def test_the_compiled_filter_is_torchs_to_the_bit(interpolation):
         assert (found == expected[:, ::-1]).all(), (crop.shape, shape)
 
 
-@needs_compiled
-def test_what_the_compiled_filter_cannot_do_torch_does():
+def test_what_the_compiled_filter_cannot_do_torch_does(compiled):
     pixels = np.random.default_rng(0).integers(0, 256, (90, 300, 3), dtype=np.uint8)
-    kernel = transforms.compiled_filter()
-    assert kernel is not None
     for turned, shape in (
         (pixels, (60, 20)),  # shrunk to a fifteenth
+        (pixels[:, :4], (60, 20)),  # rows shorter than a vector of AVX2
         (pixels, (90, 90)),
         (pixels[::-1, ::-1], (48, 200)),
         (pixels.transpose(1, 0, 2), (200, 48)),
@@ -327,21 +330,27 @@ def test_what_the_compiled_filter_cannot_do_torch_does():
         found = np.zeros((*shape, 3), np.uint8)
         resize_antialiased(turned, found, interpolation="bicubic")
         assert (found == by_torch(turned, shape, "bicubic")).all()
+    from vlm.data import antialias
+
     with pytest.raises(ValueError, match="begins in the image"):
-        kernel.axis(np.array([5], np.int32), np.array([[1]], np.int16), 5, 8)
+        antialias.axis(np.array([5], np.int32), np.array([[1]], np.int16), 5, 8, compiled)
+    axis = antialias.axis(np.array([0], np.int32), np.array([[256]], np.int16), 1, 8, compiled)
+    assert not antialias.resize(np.zeros((1, 2, 3), np.uint8), np.zeros((1, 1, 3), np.uint8), axis, axis)
+    with pytest.raises(ValueError, match="PyCapsule"):
+        antialias.resize(pixels, pixels, axis, None)
 
 
-@needs_compiled
-def test_a_row_at_the_end_of_memory_is_not_read_past_it():
+def test_a_row_at_the_end_of_memory_is_not_read_past_it(compiled):
     page = mmap.PAGESIZE
     memory = mmap.mmap(-1, 2 * page)
     # the second page may not be touched
     address = np.frombuffer(memory, np.uint8).ctypes.data
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + page), page, 0) == 0
-    pixels = np.frombuffer(memory, np.uint8)[page - 30 * 40 * 3 : page].reshape(30, 40, 3)
-    found = np.ones((64, 64, 3), np.uint8)
-    resize_antialiased(pixels, found, interpolation="bicubic")
-    assert not found.any()
+    for height, width in ((30, 40), (200, 6), (400, 1)):
+        pixels = np.frombuffer(memory, np.uint8)[page - height * width * 3 : page].reshape(height, width, 3)
+        found = np.ones((64, 64, 3), np.uint8)
+        resize_antialiased(pixels, found, interpolation="bicubic")
+        assert not found.any()
 
 
 def test_without_the_compiled_filter_views_are_the_same(monkeypatch, make_image):
@@ -351,7 +360,7 @@ def test_without_the_compiled_filter_views_are_the_same(monkeypatch, make_image)
     crops = crop, crop._replace(is_flipped=True)
     shown, mirrored = (view.show(image, crop) for crop in crops)
     assert (mirrored == shown[..., ::-1]).all()
-    monkeypatch.setattr(transforms, "compiled_filter", lambda: None)
+    monkeypatch.setattr(transforms, "compiled_filter", lambda: 0)
     assert (view.show(image, crops[0]) == shown).all()
     assert (view.show(image, crops[1]) == mirrored).all()
 
