@@ -13,18 +13,27 @@ however many micro-batches there are.
 """
 
 import contextlib
+import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from vlm.data.collate import TrainingBatch
 from vlm.tensor_types import Tensor
-from vlm.train.distributed import average_losses, average_unsharded_gradients, clip_gradients, gather_objects
+from vlm.train.distributed import (
+    average_losses,
+    average_unsharded_gradients,
+    clip_gradients,
+    gather_objects,
+    num_processes,
+)
 from vlm.train.objectives.distillation import discard_prototype_statistics, update_prototype_heads
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Inputs, LossOptions, Outputs, clamp_logit_scales
 from vlm.train.optim import learning_rate_at, set_learning_rate
@@ -127,7 +136,10 @@ def compute_gradients(session: Session, batches: Sequence[TrainingBatch]) -> Ste
         keep_averages=averages.update,
     )
 
-    losses = backward_with_gradient_caching(micro_batches, session.terms, session.options)
+    # of an undivided batch, gradients best take the place of activations that are freed; DDP and FSDP keep their own
+    is_reserved = len(batches) > 1 and state.model.device.type == "cpu" and num_processes() == 1
+    with reserved_gradients(state.task.parameters()) if is_reserved else contextlib.nullcontext():
+        losses = backward_with_gradient_caching(micro_batches, session.terms, session.options)
     # FSDP averages the gradients of sharded weights only, DDP all of them
     average_unsharded_gradients(state.task)
     # infinity still computes the norm, which the loss-spike guard and the log need
@@ -138,6 +150,32 @@ def compute_gradients(session: Session, batches: Sequence[TrainingBatch]) -> Ste
         gradient_norm=clip_gradients(list(state.task.parameters()), max_norm),
         averages=averages,
     )
+
+
+@contextlib.contextmanager
+def reserved_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Gradients made inside go into memory that is taken on entry, while what is free of the heap is in one piece.
+
+    Otherwise the first backward pass lays them among the activations it frees, and those of the next micro-batch do not
+    fit between them: the heap grows by a third of a micro-batch's activations. The gradients have the same bits, and a
+    weight that gets none keeps None, so it is not decayed.
+    """
+    handles: list[RemovableHandle] = []
+    for parameter in parameters:
+        if parameter.requires_grad:
+            move = functools.partial(_move_gradient, buffer=torch.empty_like(parameter, requires_grad=False))
+            handles.append(parameter.register_post_accumulate_grad_hook(move))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _move_gradient(parameter: Tensor, *, buffer: Tensor) -> None:
+    # later micro-batches add to it in place
+    if parameter.grad is not buffer and parameter.grad is not None:
+        parameter.grad = buffer.copy_(parameter.grad)
 
 
 def update_weights(session: Session, result: StepResult) -> None:
@@ -190,21 +228,40 @@ def backward_with_gradient_caching(
     if batch_level:
         losses, gradients = _cache_output_gradients(micro_batches, batch_level, options)
 
-    sample_level_inputs = input_names(sample_level)
     first_row = 0
     for number in range(micro_batches.count):
-        is_last = number == micro_batches.count - 1
-        # DDP exchanges gradients in the last backward pass only, once for the whole batch
-        with contextlib.nullcontext() if is_last else micro_batches.no_sync():
-            inputs = micro_batches.inputs(number, sample_level_inputs)
-            outputs = micro_batches.forward(inputs, None)
-            sample_losses = _sample_level_losses(outputs, inputs, sample_level, normalisers, options)
-            surrogates = _surrogate_losses(outputs, gradients, first_row=first_row, with_shared=is_last)
-            micro_batches.backward(torch.stack([*sample_losses.values(), *surrogates]).sum())
-        first_row += len(inputs["tokens"])
+        sample_losses, num_rows = _backward_of_micro_batch(
+            micro_batches, number, sample_level, normalisers, options, gradients, first_row=first_row
+        )
+        first_row += num_rows
         for name, loss in sample_losses.items():
-            losses[name] = losses[name] + loss.detach() if name in losses else loss.detach()
+            losses[name] = losses[name] + loss if name in losses else loss
     return {weighted.name: losses[weighted.name] for weighted in terms}
+
+
+def _backward_of_micro_batch(
+    micro_batches: MicroBatches,
+    number: int,
+    sample_level: Sequence[WeightedLossTerm],
+    normalisers: LossDict,
+    options: LossOptions,
+    gradients: Outputs,
+    *,
+    first_row: int,
+) -> tuple[LossDict, int]:
+    """Second pass of one micro-batch: its detached sample-level losses and its number of rows.
+
+    A function of its own, so that inputs and outputs are freed before those of the next micro-batch are made.
+    """
+    is_last = number == micro_batches.count - 1
+    # DDP exchanges gradients in the last backward pass only, once for the whole batch
+    with contextlib.nullcontext() if is_last else micro_batches.no_sync():
+        inputs = micro_batches.inputs(number, input_names(sample_level))
+        outputs = micro_batches.forward(inputs, None)
+        losses = _sample_level_losses(outputs, inputs, sample_level, normalisers, options)
+        surrogates = _surrogate_losses(outputs, gradients, first_row=first_row, with_shared=is_last)
+        micro_batches.backward(torch.stack([*losses.values(), *surrogates]).sum())
+    return _detached(losses), len(inputs["tokens"])
 
 
 def _backward_in_one_pass(
@@ -245,6 +302,8 @@ def _cache_output_gradients(
                 cached_outputs[name].append(outputs[name])
             for name in read_inputs & inputs.keys():
                 cached_inputs[name].append(inputs[name])
+            # before those of the next micro-batch are made
+            del inputs, outputs
 
     # the outputs of the whole batch become leaves, so that autograd stops at them
     leaves: Outputs = {}
