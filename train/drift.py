@@ -58,6 +58,8 @@ class DriftGuard:
         measure: of the network as it is; all processes call it, and all get the same.
         """
         if self.baseline is None:
+            # both are reported as of this step
+            logger.info("First the figures of the start, from which drift is measured, then those of this step.")
             with self._at_start(network):
                 self.baseline = _tracked(measure())
         values = measure()

@@ -88,6 +88,7 @@ def test_the_start_is_measured_once_also_where_it_has_no_such_figures(logged):
     for times in (2, 3):
         assert guard.measure(network, measure) == {"captions/cider": 0.5}
         assert len(measured) == times
+    assert logged.text.count("First the figures of the start") == 1
     assert "Since the start" not in logged.text
 
 
