@@ -49,7 +49,17 @@ def test_what_pip_is_told_is_in_the_clone(instructions: list[tuple[str, str]]) -
     names = [name for name, _ in instructions]
     assert names.index("COPY") < names.index("RUN", names.index("COPY"))
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
-    for needed in ("vlm", "data", "train", "index", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+    for needed in (
+        "vlm",
+        "data",
+        "train",
+        "index",
+        "pyproject.toml",
+        "setup.py",
+        "constraints.txt",
+        "README.md",
+        "LICENSE",
+    ):
         assert (ROOT / needed).exists()
         assert needed not in ignored
 
