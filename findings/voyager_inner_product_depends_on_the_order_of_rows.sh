@@ -47,6 +47,14 @@ def by_hnswlib(rows):
     return recall(index.knn_query(queries, 10)[0], rows)
 
 
+sizes = []
+for space in (Space.Euclidean, Space.InnerProduct):
+    index = Index(space, num_dimensions=64, M=16)
+    index.add_items(directions, num_threads=1)
+    sizes.append(len(index.as_bytes()))
+print(f"bytes a row by inner product more than by L2: {(sizes[1] - sizes[0]) / len(directions):g}")
+assert sizes[1] - sizes[0] == 4 * len(directions)
+
 for spread in (0.0, 0.1, 0.2):
     lengths = rng.normal(1, spread, 5000).clip(0.2).astype(np.float32)
     rows = directions * lengths[:, None]
