@@ -31,6 +31,8 @@ by AVX2. Python's lock is free while an image is resized. */
 #define EVEN_BYTES 0x5555555555555555ull
 #define NO_BYTE 0x80
 #define MAX_PAIRS 8
+/* of an image in one direction, so that its bytes are counted in 32 bits */
+#define MAX_PIXELS (1 << 28)
 #define CAPSULE "vlm.data.antialias.axis"
 
 /* Where a group of sums reads a pair of taps in a row, in bytes. */
@@ -350,13 +352,14 @@ static PyObject *call_vector_bits(PyObject *module, PyObject *none) { return PyL
 static PyObject *axis_of(const Py_buffer *starts, const Py_buffer *taps, int size, int precision, int bits) {
     Py_ssize_t size_out = starts->len / (Py_ssize_t)sizeof(int32_t);
     Py_ssize_t number = size_out ? taps->len / (Py_ssize_t)sizeof(int16_t) / size_out : 0;
-    int is_valid = size > 0 && precision > 0 && precision < 31 && number > 0 && size_out < 1 << 20;
+    int is_valid = size > 0 && size < MAX_PIXELS && precision > 0 && precision < 31 && number > 0 && size_out < 1 << 20;
     for (Py_ssize_t place = 0; is_valid && place < size_out; place++) {
         int32_t start = ((const int32_t *)starts->buf)[place];
         is_valid = start >= 0 && start < size;
     }
     if (!is_valid || (bits != 256 && bits != 512)) {
-        PyErr_SetString(PyExc_ValueError, "each place needs taps, and begins in the image; vectors have 256 or 512 bits");
+        PyErr_SetString(PyExc_ValueError, "each place needs taps, and begins in the image, of below 2^28 pixels; vectors "
+                                          "have 256 or 512 bits");
         return NULL;
     }
     if (number > 2 * MAX_PAIRS) return Py_NewRef(Py_None);

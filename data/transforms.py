@@ -25,6 +25,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # how far the filters of antialiased resizing reach, in pixels of the smaller of both images
 _SUPPORTS = {"bicubic": 2.0, "bilinear": 1.0}
+# a filter that reaches further has over 16 taps, the most that the compiled module takes (MAX_PAIRS); in views of
+# three pixels it may have fewer
+_MAX_SUPPORT = 9.0
 # of torch's whole-number weights, in bits behind the point
 _MAX_PRECISION = 22
 # height and width of an image, and the size of its view, for which the compiled filter is compared with torch's:
@@ -385,8 +388,8 @@ def resize_antialiased(
     bits = compiled_filter()
     if bits and _resize_by_kernel(bits, pixels, out, interpolation, is_mirrored=is_mirrored):
         return
-    if min(pixels.strides) < 0:  # an image turned upright; torch has no negative strides
-        pixels = np.ascontiguousarray(pixels)
+    if min(pixels.strides) < 0:  # an image turned upright; torch has no negative strides, not even of a single row
+        pixels = pixels.copy()
     _resize_by_torch(pixels, out, interpolation)
     if is_mirrored:
         _mirror(out)
@@ -429,10 +432,12 @@ def compiled_filter() -> int:
     """
     try:
         from vlm.data import antialias
-    except ImportError:
+
+        widest = antialias.vector_bits()
+        return next((bits for bits in (512, 256) if bits <= widest and _is_torchs_filter(bits)), 0)
+    # of a checkout that was updated since it was installed, the module may have other functions, or other arguments
+    except (ImportError, AttributeError, TypeError):
         return 0
-    widest = antialias.vector_bits()
-    return next((bits for bits in (512, 256) if bits <= widest and _is_torchs_filter(bits)), 0)
 
 
 def _is_torchs_filter(bits: int) -> bool:
@@ -471,6 +476,9 @@ def _filter_axis(size: int, size_out: int, interpolation: str, bits: int, is_mir
 
     is_mirrored: the result from its end to its beginning, for which a mirrored view needs no pass of its own.
     """
+    # first, since of a banner shrunk to an icon the weights alone would take gigabytes to read off
+    if _SUPPORTS[interpolation] * size / size_out > _MAX_SUPPORT:
+        return None
     from vlm.data import antialias
 
     starts, taps, precision = _filter_taps(size, size_out, interpolation)

@@ -1,6 +1,7 @@
 import ctypes
 import io
 import mmap
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import vlm.data
 from vlm.data import transforms
 from vlm.data.decode import EncodedImage, open_image, to_rgb
 from vlm.data.samples import SampleRng
@@ -334,6 +336,8 @@ def test_what_the_compiled_filter_cannot_do_torch_does(compiled):
 
     with pytest.raises(ValueError, match="begins in the image"):
         antialias.axis(np.array([5], np.int32), np.array([[1]], np.int16), 5, 8, compiled)
+    with pytest.raises(ValueError, match="below 2\\^28 pixels"):
+        antialias.axis(np.array([0], np.int32), np.array([[1]], np.int16), 1 << 28, 8, compiled)
     axis = antialias.axis(np.array([0], np.int32), np.array([[256]], np.int16), 1, 8, compiled)
     assert not antialias.resize(np.zeros((1, 2, 3), np.uint8), np.zeros((1, 1, 3), np.uint8), axis, axis)
     with pytest.raises(ValueError, match="PyCapsule"):
@@ -351,6 +355,31 @@ def test_a_row_at_the_end_of_memory_is_not_read_past_it(compiled):
         found = np.ones((64, 64, 3), np.uint8)
         resize_antialiased(pixels, found, interpolation="bicubic")
         assert not found.any()
+
+
+def test_weights_that_reach_too_far_are_not_read_off(monkeypatch):
+    # of a banner shrunk to an icon they would take seconds and gigabytes
+    monkeypatch.setattr(transforms, "_filter_taps", None)
+    axis = transforms._filter_axis.__wrapped__
+    assert axis(20_000, 32, "bicubic", 512) is None
+    assert axis(20_000, 1, "bilinear", 256) is None
+
+
+@pytest.mark.parametrize("module", [SimpleNamespace(), SimpleNamespace(vector_bits=lambda: 512, axis=lambda one: one)])
+def test_a_compiled_filter_of_an_earlier_version_is_not_used(monkeypatch, module):
+    transforms._filter_axis.cache_clear()
+    monkeypatch.setattr(vlm.data, "antialias", module, raising=False)
+    assert transforms.compiled_filter.__wrapped__() == 0
+
+
+def test_a_single_row_of_an_image_turned_upright(monkeypatch):
+    monkeypatch.setattr(transforms, "compiled_filter", lambda: 0)
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 40, 3), dtype=np.uint8)
+    found = np.zeros((2, 48, 48, 3), np.uint8)
+    # numpy holds one row for contiguous whichever way its stride goes, torch does not
+    resize_antialiased(pixels[::-1][3:4], found[0], interpolation="bicubic")
+    resize_antialiased(pixels[5:6], found[1], interpolation="bicubic")
+    assert (found[0] == found[1]).all()
 
 
 def test_without_the_compiled_filter_views_are_the_same(monkeypatch, make_image):
