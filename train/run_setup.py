@@ -74,6 +74,7 @@ from vlm.train.task import (
     FORMER_NAMES,
     TrainingTask,
     WeightedLossTerm,
+    attend_without_copies,
     build_task,
     compute_in_bfloat16,
     lock_tower,
@@ -494,6 +495,8 @@ def parallelize_task(accelerator: Accelerator, task: TrainingTask, config: Train
     if config.model.compile:
         # in place, so that the names in state_dict stay without a prefix
         task.compile()
+    elif accelerator.device.type == "cpu" and config.precision == "fp32":
+        attend_without_copies(task)
     if config.sharding == "fsdp":
         apply_fsdp(task, accelerator.device, is_bf16=config.precision == "bf16")
         return task
