@@ -164,6 +164,8 @@ def _texts_of(value: Any) -> list[str]:
     """A text or number, or a list of them, as texts."""
     texts: list[str] = []
     for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, float) and not math.isfinite(each):
+            continue  # what a table has in place of a number it lacks
         # true and false say nothing without the name of their field
         if isinstance(each, str | int | float) and not isinstance(each, bool) and (text := str(each).strip()):
             texts.append(text)
@@ -177,7 +179,7 @@ def warn_of_unseen_fields(names: Sequence[str], shard: str, cache: ShardCache | 
     with closing(ShardReader(shard, cache)) as reader:
         for number in range(len(reader)):
             try:
-                metadata = reader.read(number).metadata
+                _, _, metadata = reader.read_words(number)
             except BadSample:
                 continue
             found |= metadata.keys()

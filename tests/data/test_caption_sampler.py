@@ -7,6 +7,7 @@ from webdataset.writer import TarWriter
 from vlm.data.caption_sampler import CaptionSampler, split_sentences, warn_of_unseen_fields
 from vlm.data.pack import encode_pair
 from vlm.data.samples import Pair, Sample, parse_captions, parse_tags
+from vlm.data.tar import ShardReader
 from vlm.errors import BadSample, UsageError
 
 
@@ -75,13 +76,20 @@ def test_values_of_fields_are_shown_as_tags():
         CaptionSampler(languages=("en",), tag_fields=("colour",))
 
 
-def test_a_misspelt_field_is_told(tmp_path, make_image, caplog):
+def test_a_number_that_a_table_lacks_is_not_shown():
+    sampler = CaptionSampler(languages=("en", "tags"), tag_fields=("year", "sizes"))
+    assert sampler.tags_of({"year": float("nan"), "sizes": [1.5, float("inf")]}) == ("1.5",)
+
+
+def test_a_misspelt_field_is_told(tmp_path, make_image, caplog, monkeypatch):
     shard = tmp_path / "s.tar"
     with TarWriter(str(shard), encoder=False) as tar:
         for number, colour in enumerate(("", "blue")):
             captions = {"en": ("A jug.",)}
             pair = Pair(key=f"{number}", image=make_image(number), captions=captions, metadata={"colour": colour})
             tar.write(encode_pair(pair))
+    # of a shard without the field all samples are looked at, but not their images
+    monkeypatch.setattr(ShardReader, "read", None)
     warn_of_unseen_fields(("colour",), str(shard))
     assert not caplog.records
     warn_of_unseen_fields(("colour", "color"), str(shard))
