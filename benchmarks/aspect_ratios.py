@@ -6,13 +6,15 @@
 `--cut` first cuts every photo to 3:2, 4:3, 1:1, 3:4 or 2:3, drawn by its key, as cameras make them; without it the
 shards are taken as they are. A small naflexvit is trained from scratch on each side, each seed in turn, on the same
 samples in the same order. The model of squares is measured on centre crops and on squashed images. Finished runs are
-kept in OUT and not repeated. Images per second are those of processor time, so that other work on the machine weighs
-less; padding is that of batches in the order of the shards.
+kept in OUT and not repeated; others begin anew, since a resumed one would not know its processor time. Images per
+second are those of processor time, so that other work on the machine weighs less; padding is that of batches in the
+order of the shards.
 """
 
 import hashlib
 import io
 import json
+import shutil
 import sys
 import tarfile
 import time
@@ -134,6 +136,8 @@ def run_once(arguments: Arguments, train: str, name: str, seed: int, steps: int 
     folder = arguments.out / name
     if (folder / "manifest.json").is_file():
         return folder
+    if folder.exists():
+        shutil.rmtree(folder)
     say(f"{name} …")
     is_square = name.startswith("squares")
     tokens = "" if is_square else f"tokens={arguments.side**2},"
