@@ -148,9 +148,9 @@ def _our_runs(data: DataSet, arguments: Arguments) -> list[Run]:
     choice = OWN_CHOICE[data.name]
     words = ("--precision", arguments.precision, *choice.words)
     full_epochs = choice.full_epochs if arguments.full_epochs < 0 else arguments.full_epochs
-    lengths = [("ours", epochs, choice.short_words, "") for epochs in arguments.epochs]
+    lengths = [("ours", epochs, choice.short_words) for epochs in arguments.epochs]
     if full_epochs:
-        lengths.append(("ours, at its full time", full_epochs, choice.full_words, choice.full_variant))
+        lengths.append(("ours, at its full time", full_epochs, choice.full_words))
     runs = [
         Run(
             data=data,
@@ -161,9 +161,8 @@ def _our_runs(data: DataSet, arguments: Arguments) -> list[Run]:
             epochs=epochs,
             batch_size=BATCH_SIZE,
             preset=choice.preset,
-            variant=variant,
         )
-        for name, epochs, added, variant in lengths
+        for name, epochs, added in lengths
     ]
     if arguments.pretrained and choice.pretrained is not None:
         preset, batch_size, epochs = choice.pretrained

@@ -37,7 +37,6 @@ class Run:
     """A run to be made. name: of its row in the tables. words: options of the recipe, with placeholders.
 
     epochs: each rounded up to a whole batch, as open_clip counts them. preset: of ours, if not the data set's own.
-    variant: of the model that is measured, such as `#mirror`.
     """
 
     data: DataSet
@@ -48,7 +47,6 @@ class Run:
     epochs: int
     batch_size: int
     preset: str = ""
-    variant: str = ""
 
     @property
     def our_preset(self) -> str:
@@ -65,8 +63,7 @@ class Run:
         """What its results depend on: another recipe, preset or length is another run."""
         preset = json.dumps(_settings(self.our_preset) if self.trainer == "ours" else their_network())
         numbers = (self.data.num_train, self.seed, self.epochs, self.batch_size)
-        variant = [self.variant] if self.variant else []
-        return compute_fingerprint(self.data.name, self.trainer, preset, *map(str, numbers), *self.words, *variant)
+        return compute_fingerprint(self.data.name, self.trainer, preset, *map(str, numbers), *self.words)
 
     def filled(self) -> list[str]:
         """The recipe's options with placeholders filled in."""
@@ -135,7 +132,7 @@ class Bench:
         folder = self.folder / "runs" / f"{run.data.name}-{run.trainer}-{run.seed}-{run.identity}"
         train = _train_ours if run.trainer == "ours" else self._train_theirs
         trained = train(run, folder)
-        figures = measure(load_model(f"{folder}{run.variant}", device="cpu"), run.data)
+        figures = measure(load_model(str(folder), device="cpu"), run.data)
         return Result(
             identity=run.identity,
             data=run.data.name,

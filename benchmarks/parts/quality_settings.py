@@ -67,8 +67,8 @@ class OwnChoice:
     """Ours where each side trains the network it likes (time to quality): the preset, and options added to it.
 
     short_words: added in runs too short for the preset's own warm-up, average and flips. full_words: added in the run
-    of `full_epochs`, which is meant to take open_clip's time on two cores; full_variant: of its model. pretrained: the
-    preset, batch size and epochs of a run that begins with weights trained by others.
+    of `full_epochs`, which is meant to take open_clip's time on two cores. pretrained: the preset, batch size and
+    epochs of a run that begins with weights trained by others.
     """
 
     preset: str
@@ -76,7 +76,6 @@ class OwnChoice:
     short_words: tuple[str, ...] = ("--warmup-steps", "{warmup}", "--ema-decay", "0")
     full_words: tuple[str, ...] = ()
     full_epochs: int
-    full_variant: str = ""
     pretrained: tuple[str, int, int] | None = None
 
 
@@ -90,8 +89,7 @@ OWN_CHOICE: dict[str, OwnChoice] = {
         words=("--architecture", _SMALL_KERNELS, "--channels-last"),
         short_words=("--warmup-steps", "{warmup}", "--ema-decay", "0", "--flip", "0"),
         full_words=("--architecture", _TWICE_AS_WIDE, "--languages", "en", "tags", "--tag-fields", *_FIELDS),
-        full_epochs=24,
-        full_variant="#mirror",
+        full_epochs=36,
         pretrained=("lit-words", 512, 10),
     ),
     "flickr8k": OwnChoice(preset="flickr8k-words", full_epochs=20),
