@@ -323,6 +323,9 @@ RECIPES: dict[str, Recipe] = {
                 "vlm tokenizer train 'shards/train-*.tar' words.model --vocabulary 2048",
             ),
             options=_SPLIT_OPTIONS,
+            remarks="With the photos' fields as captions beside the titles (--languages en tags --tag-fields gender "
+            "baseColour articleType usage season year), a network of twice the width and 36 epochs: text→image "
+            "recall@10 88.1%, image→text 80.8% in 6.6 minutes on two cores (docs/benchmarks.md, time to quality).",
         ),
         _own_recipe(
             "flickr8k",
