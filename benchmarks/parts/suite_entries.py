@@ -61,7 +61,8 @@ def _loading(result: Any) -> list[Ratio]:
         ("ours", "open_clip"): "open_clip's pipeline",
         ("ours, float", "Energon"): "Energon",
         ("ours, float", "mosaicml"): "mosaicml-streaming",
-        ("ours", "bare"): "bare decoding",
+        ("ours", "bare"): "bare decoding, torch's resize",
+        ("ours", "bare, own filter"): "bare decoding, our resize",
         ("ours", "bare, Pillow"): "bare decoding by Pillow",
     }
     for (mine, other), peer in peers.items():
