@@ -207,6 +207,16 @@ def test_tokens_are_those_of_the_tokenizer_that_is_given(train_shards, scene_tok
         vlm.stream(train_shards, **OPTIONS, tokenizer=lambda texts: np.zeros(len(texts)))
 
 
+def test_values_of_fields_are_captions(train_shards, caplog):
+    texts = []
+    for batch in vlm.stream(train_shards, **OPTIONS, languages=("en", "tags"), tag_fields=("label", "colour")):
+        texts += batch.texts
+    assert {"black circle", "black heart"} < set(texts)
+    assert any(text.startswith("a ") for text in texts)
+    assert "in the field 'colour'" in caplog.text
+    assert "in the field 'label'" not in caplog.text
+
+
 def test_uids_are_those_of_an_index(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
@@ -251,6 +261,8 @@ def test_an_error_of_the_loop_stays_what_it_is(train_shards):
         ({"image_size": (64, 32)}, r"image_size = \(64, 32\)"),
         ({"selection": "nowhere"}, "no selection 'nowhere'"),
         ({"tokenizer": "nowhere"}, "no tokenizer 'nowhere'"),
+        ({"tag_fields": ("label",)}, "give --languages en tags"),
+        ({"tag_fields": ("label",), "transform": "evaluation"}, "tag_fields is for training"),
     ],
 )
 def test_what_is_out_of_range_is_said(train_shards, change, message):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vlm.api.stream import CallableTokenizer, EvaluationReading, SampleStream, TextsToTokens, TrainingReading
 from vlm.config import number_list, text_list
-from vlm.data.caption_sampler import CaptionSampler
+from vlm.data.caption_sampler import CaptionSampler, warn_of_unseen_fields
 from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.corpus import MIXTURE_SUFFIX, Source, open_corpus, read_sources
 from vlm.data.pack import shards_at
@@ -230,6 +230,7 @@ def stream(
     crop_scale: tuple[float, float] = (0.9, 1.0),
     flip: float = 0.0,
     languages: Sequence[str] = (),
+    tag_fields: Sequence[str] = (),
     seed: int = 0,
     epochs: float | None = 1,
     workers: int = 1,
@@ -257,7 +258,8 @@ def stream(
         transform: training draws crops, flips and captions in shuffled order, and replaces what cannot be used;
             evaluation gives each sample once, in file order, with the model's own view and the first caption.
         crop_scale: range of the random crop's share of the image. flip: probability of mirroring it.
-        languages: of captions; empty takes the first one of each sample.
+        languages: of captions; empty takes the first one of each sample. `tags` stands for its tags.
+        tag_fields: for training: metadata fields whose values are tags as well; needs `tags` among the languages.
         epochs: of one loop over the stream, for training; None is endless.
         workers: processes that read and decode; 0 does it in this one.
         selection: file of `vlm curate` that says which samples are used, and how often.
@@ -277,9 +279,9 @@ def stream(
     view, texts_to_tokens = _view_and_tokenizer(model, image_size, tokenizer, mean, std)
     if transform == "training":
         crop = RandomResizedCrop.of_view(view, scale=crop_scale, flip=flip)
-        draw = CaptionSampler(languages=tuple(text_list(languages, "languages")))
         sources = _read_sources(shards, selection, captions_from, caption_mix)
         corpus = open_corpus(sources, seed=seed, window=shuffle_window, allow_damage=allow_damage)
+        draw = _caption_sampler(languages, tag_fields, corpus.shards[0])
         plan = BatchSampler(
             order=corpus.order, batch_size=batch_size, process=share.rank, num_processes=share.world_size
         )
@@ -288,8 +290,7 @@ def stream(
         )
         reading = TrainingReading(plan=plan, collate=collate, epochs=epochs, sequence=corpus.fingerprint)
         return SampleStream(corpus.shards, reading, view, workers=workers, is_normalised=normalised)
-    if captions_from is not None:
-        raise UsageError("captions_from is for training; evaluation shows the shards' own captions.")
+    _refuse_in_evaluation(captions_from=captions_from, tag_fields=tag_fields or None)
     if transform != "evaluation":
         raise UsageError(f"transform = {transform!r}; give training or evaluation.")
     urls = shards_at(join_shards(shards))
@@ -302,6 +303,21 @@ def stream(
         sequence=_sequence(urls, selection),
     )
     return SampleStream(tuple(urls), reading, view, workers=workers, is_normalised=normalised)
+
+
+def _refuse_in_evaluation(**options: Any) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"{name} is for training; evaluation shows the shards' own captions.")
+
+
+def _caption_sampler(languages: Sequence[str], tag_fields: Sequence[str], shard: str) -> CaptionSampler:
+    draw = CaptionSampler(
+        languages=tuple(text_list(languages, "languages")), tag_fields=tuple(text_list(tag_fields, "tag_fields"))
+    )
+    if tag_fields:
+        warn_of_unseen_fields(draw.tag_fields, shard)
+    return draw
 
 
 def _share(rank: int | None, world_size: int | None) -> ProcessRank:
