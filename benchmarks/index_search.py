@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """Our index compared with bare FAISS, autofaiss and HNSW graphs of others, one thread each.
 
-    benchmarks/run index_search [--rows 200000 --dimension 192] [--images EMBEDDINGS --texts EMBEDDINGS] [--json]
+    benchmarks/run index_search [--rows 200000 --dimension 192] [--json]
+    benchmarks/run index_search --images EMBEDDINGS --texts EMBEDDINGS
+    benchmarks/run index_search --rows 1000000 --patches-of MODEL --shards SHARDS --texts EMBEDDINGS
 
 Like is compared with like: the index that our autotuner chooses with autofaiss and with bare FAISS of the same
 parameters, our `hnsw` with the graphs of others, each at the least ef that reaches the recall on the same tuning
@@ -28,12 +30,14 @@ from vlm.console import progress, show_json, show_table
 from vlm.errors import UsageError, VlmError
 from vlm.files import write_text
 from vlm.index.autotune.query_sampling import exact_scores
+from vlm.tensor_types import Array, Float32
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parts.index_vectors import draw_vectors, halves, read_vectors, write_vectors
 from parts.isolated_environment import AUTOFAISS, own_python
 from parts.measure_process import Side
 from parts.messages import say
+from parts.patch_embeddings import embed_patches
 
 GRAPHS = ("hnswlib==0.8.0", "usearch==2.26.6", "psutil")
 CHOSEN, GRAPH = "ours, chosen", "ours, hnsw"
@@ -47,7 +51,7 @@ class Arguments:
     """Options of the index benchmark."""
 
     rows: int = 200_000
-    """Number of synthetic image vectors."""
+    """Number of synthetic image vectors, or of patches."""
 
     dimension: int = 192
     """Dimension of synthetic vectors."""
@@ -60,6 +64,12 @@ class Arguments:
 
     texts: Path | None = None
     """Embeddings folder of texts, by the same model."""
+
+    patches_of: str = ""
+    """MODEL that embeds patches of random crops of the photos in `shards`, instead of --images."""
+
+    shards: str = ""
+    """Photos for --patches-of."""
 
     decay: float = 1.5
     """Decay of synthetic vectors: the variance of the i-th strongest dimension is proportional to i^-decay.
@@ -118,7 +128,7 @@ def run(arguments: Arguments) -> None:
 
 
 def _made_from(arguments: Arguments) -> dict[str, str]:
-    names = ("rows", "dimension", "questions", "seed", "decay", "images", "texts")
+    names = ("rows", "dimension", "questions", "seed", "decay", "images", "texts", "patches_of", "shards")
     return {name: str(getattr(arguments, name)) for name in names}
 
 
@@ -141,10 +151,11 @@ def _kept_shape(arguments: Arguments, folder: Path) -> tuple[int, ...] | None:
 
 def _write(arguments: Arguments, folder: Path) -> tuple[int, int]:
     """Rows, queries and ground truth for all sides, and the embeddings folders that ours reads."""
-    if (arguments.images is None) != (arguments.texts is None):
-        raise UsageError("--images and --texts belong together: pass both or neither.")
-    if arguments.images and arguments.texts:
-        rows = read_vectors(arguments.images)
+    has_images = bool(arguments.images or arguments.patches_of)
+    if has_images != (arguments.texts is not None) or bool(arguments.patches_of) != bool(arguments.shards):
+        raise UsageError("--images belongs to --texts, --patches-of to --shards and --texts: give all or none.")
+    if arguments.texts:
+        rows = _embedded_rows(arguments)
         planned, asked = halves(arguments.texts, arguments.questions, seed=arguments.seed)
     else:
         rows, texts = draw_vectors(
@@ -164,6 +175,12 @@ def _write(arguments: Arguments, folder: Path) -> tuple[int, int]:
     # last: without it, what lies there was not finished
     write_text(folder / _MADE_FROM, json.dumps(_made_from(arguments)))
     return len(rows), rows.shape[1]
+
+
+def _embedded_rows(arguments: Arguments) -> Float32[Array, "N D"]:
+    if arguments.images:
+        return read_vectors(arguments.images)
+    return embed_patches(arguments.patches_of, arguments.shards, arguments.rows, seed=arguments.seed)
 
 
 def _compare(arguments: Arguments, folder: Path) -> dict[str, Any]:

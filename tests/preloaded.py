@@ -147,7 +147,7 @@ def run(
         out, err = process.communicate(timeout)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.communicate()
+        process.wait()
         raise
     assert process.returncode is not None
     if check and process.returncode:

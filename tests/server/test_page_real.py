@@ -72,9 +72,9 @@ def test_searching_scrolling_and_mixing(open_real, real_service, name):
     # only what is near the window is loaded, and more comes while one scrolls
     until(page, "[...document.querySelectorAll('.tile img')].slice(0, 4).every(i => i.complete && i.naturalWidth)")
     assert page.eval_on_selector_all(".tile img", "images => images.every(image => image.loading === 'lazy')")
-    while page.locator("#results .tile").count() < ROWS:
+    for shown in range(80, ROWS + 1, 40):
         page.evaluate("scrollTo(0, document.body.scrollHeight)")
-        page.wait_for_timeout(30)
+        until(page, f"document.querySelectorAll('#results .tile').length >= {shown}")
     everything = expected_uids(real_service, name, texts=("white",), top=ROWS)
     assert uids(page) == everything
     assert page.inner_text("#status") == f"{ROWS} results shown."

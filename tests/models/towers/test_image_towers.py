@@ -32,6 +32,15 @@ def images(size, number=2):
     return torch.randn(number, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_tower_is_built_where_autograd_is_off(mode):
+    pixels = images(64)
+    wanted = make("timm:test_convnext", image_size=64).eval()(pixels).detach()
+    with mode():
+        built = make("timm:test_convnext", image_size=64).eval()
+        assert torch.equal(built(pixels), wanted)
+
+
 @pytest.mark.parametrize(
     ("tower", "options", "size", "layouts"),
     [

@@ -114,23 +114,23 @@ def probe_trunk(
     Raises:
         UsageError: the trunk does not run at that size.
     """
-    # a trial pass costs no memory or time there, whatever the trunk's size
-    with torch.device("meta"):
-        meta_trunk = build().eval()
-    pixels = torch.zeros(1, 3, image_size, image_size, device="meta")
-    try:
-        # autograd shows which parameters have a part in the output
-        with torch.enable_grad():
+    # autograd shows which parameters have a part in the output, also where the caller has switched it off
+    with torch.inference_mode(False), torch.enable_grad():
+        # a trial pass costs no memory or time there, whatever the trunk's size
+        with torch.device("meta"):
+            meta_trunk = build().eval()
+        pixels = torch.zeros(1, 3, image_size, image_size, device="meta")
+        try:
             maps = features(meta_trunk, pixels)
             maps = [maps] if isinstance(maps, torch.Tensor) else list(maps)
             layouts = tuple(read_layout(output, meta_trunk) for output in maps)
             unused = _unused_parameters(meta_trunk, maps)
             pooled = native(meta_trunk, pixels)
             unused_native = _unused_parameters(meta_trunk, [pooled])
-    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-        raise UsageError(
-            f"{name} does not run at {image_size} pixels ({error}); its own size is --image-size {own_size}."
-        ) from error
+        except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+            raise UsageError(
+                f"{name} does not run at {image_size} pixels ({error}); its own size is --image-size {own_size}."
+            ) from error
     return TrunkInfo(layouts=layouts, native_width=pooled.shape[-1], unused=unused, unused_native=unused_native)
 
 

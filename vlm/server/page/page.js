@@ -164,6 +164,7 @@ async function search() {
   hits = [];
   next = "";
   map?.update();
+  byId("more").replaceChildren();
   byId("error").hidden = true;
   const results = byId("results");
   if (!state.terms.some((term) => term.sign > 0)) {
@@ -171,12 +172,15 @@ async function search() {
     byId("status").textContent = state.terms.length ? "A query needs something to look for; minus alone is not enough." : "";
     return;
   }
+  // the first of the new results are what one wants to see
+  if (results.getBoundingClientRect().top < 0) scrollTo(0, 0);
   results.replaceChildren(...Array.from({ length: 12 }, () => element("li", { className: "waiting", ariaHidden: "true" })));
   byId("status").textContent = "Searching…";
   try {
     const answer = await callJson(indexPath("search"), requestOf(""), signal);
     results.replaceChildren();
     take(answer);
+    watchEnd();
     const milliseconds = (answer.embed_milliseconds + answer.search_milliseconds).toFixed(1);
     const cut = answer.cut?.length ? " The text is longer than the model reads; its end was ignored." : "";
     byId("status").textContent = hits.length ? `First ${hits.length} results in ${milliseconds} ms.${cut}` : "";
@@ -190,17 +194,33 @@ async function searchMore() {
   if (!next || running?.isMore) return;
   const controller = (running = new AbortController());
   controller.isMore = true;
+  byId("more").replaceChildren();
   try {
     take(await callJson(indexPath("search"), requestOf(next), controller.signal));
     byId("status").textContent = `${hits.length} results shown.`;
+    watchEnd();
   } catch (error) {
-    if (error.name !== "AbortError") showError(error.message);
+    if (error.name !== "AbortError") showRetry(error.message);
+  } finally {
+    controller.isMore = false;
   }
-  controller.isMore = false;
-  if (next && isNear(byId("more"))) searchMore();
 }
 
-const isNear = (node) => node.getBoundingClientRect().top < innerHeight * 2;
+const endObserver = new IntersectionObserver(
+  (entries) => entries.some((entry) => entry.isIntersecting) && searchMore(), { rootMargin: "800px" });
+
+// an observer tells only of changes; begun anew it also tells of an end that is near as it was before
+function watchEnd() {
+  endObserver.unobserve(byId("more"));
+  endObserver.observe(byId("more"));
+}
+
+// what is shown stays, and a service in trouble is not asked again by itself
+function showRetry(message) {
+  const button = element("button", { type: "button" }, "Try again");
+  button.addEventListener("click", searchMore);
+  byId("more").replaceChildren(`More results could not be loaded: ${message} `, button);
+}
 
 function take(answer) {
   hits.push(...answer.hits);
@@ -665,7 +685,6 @@ function listen() {
     showView();
     search();
   });
-  new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && searchMore(), { rootMargin: "800px" }).observe(byId("more"));
 }
 
 async function start() {
