@@ -9,6 +9,7 @@ import gc
 import math
 import mmap
 import os
+import signal
 import threading
 import time
 import weakref
@@ -18,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from copy import copy
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
@@ -111,6 +113,7 @@ BatchT = TypeVar("BatchT", bound=HasImages, covariant=True)
 # beyond those that wait: the reader holds the current batch, and the next one on its way to the device
 _BUFFERS_IN_USE = 2
 _PARENT_SECONDS = 2.0
+_STOP_SECONDS = 60.0
 WORKER_THREADS = 4
 """Workers that share a process where their collator lets them; more would wait for Python's lock with small photos."""
 _NOTHING = torch.empty(0, dtype=torch.uint8)
@@ -299,6 +302,15 @@ def _init_worker(_: int) -> None:
     torch.set_num_threads(1)
     # objects from before the fork stay; each collection would visit them all, and copy their pages by writing to them
     gc.freeze()
+    # timeout, systemd and batch systems send it to all processes of a run, which needs its workers until it has saved
+    signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
+    """For a signal: end this worker once the run has had time to stop; one that hangs is told so at the run's end."""
+    timer = threading.Timer(_STOP_SECONDS, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
 
 
 def _exit_with_parent(parent: int) -> None:

@@ -479,7 +479,7 @@ class StopRequest:
 
     SIGTERM and SIGINT: save and end. SIGUSR1: save and continue, since batch systems warn with it whether or not the
     end follows. Enter it before worker processes are forked: in these SIGUSR1 and SIGINT, which terminals and batch
-    systems send to them too, then do nothing, and SIGTERM ends them.
+    systems send to them too, then do nothing, and SIGTERM ends them (those of the loader after a while).
     """
 
     def __init__(self) -> None:

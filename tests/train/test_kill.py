@@ -43,13 +43,21 @@ def command(scene_shards, scene_tokenizer, run, workers, *more):
     return [sys.executable, "-m", "vlm", *words, "--workers", str(workers), *more]
 
 
-def signalled(words, run, number):
-    """Exit code and talk of a run that is sent a signal after its third step, and saves for no other reason."""
-    process = preloaded.Popen([*words, "--checkpoint-every", "1000"], stderr=subprocess.PIPE, text=True)
+def signalled(words, run, number, *, is_group=False):
+    """Exit code and talk of a run that is sent a signal after its third step, and saves for no other reason.
+
+    is_group: its workers are sent it too, as by timeout and batch systems.
+    """
+    process = preloaded.Popen(
+        [*words, "--checkpoint-every", "1000"], stderr=subprocess.PIPE, text=True, start_new_session=is_group
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not ((run / "metrics.jsonl").exists() and len(history(run)) >= 3):
         time.sleep(0.005)
-    process.send_signal(number)
+    if is_group:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     _, talk = process.communicate()
     return process.returncode, talk
 
@@ -91,9 +99,12 @@ def test_a_killed_run_resumes_to_the_same_samples_and_losses(
     assert history(run) == uninterrupted
 
 
-def test_sigterm_saves_before_it_stops_and_says_how_to_go_on(uninterrupted, scene_shards, scene_tokenizer, tmp_path):
+@pytest.mark.parametrize("is_group", [False, True], ids=["the run", "all its processes"])
+def test_sigterm_saves_before_it_stops_and_says_how_to_go_on(
+    is_group, uninterrupted, scene_shards, scene_tokenizer, tmp_path
+):
     run = tmp_path / "run"
-    code, talk = signalled(command(scene_shards, scene_tokenizer, run, 1), run, signal.SIGTERM)
+    code, talk = signalled(command(scene_shards, scene_tokenizer, run, 1), run, signal.SIGTERM, is_group=is_group)
     assert code == 1
     assert "everything is saved" in talk
     assert f"vlm train {run} --resume" in talk

@@ -1,9 +1,11 @@
 import logging
 import os
 import signal
+import time
 
 import pytest
 
+from vlm.data import loader
 from vlm.train.run import StopRequest
 
 
@@ -48,3 +50,16 @@ def test_in_a_worker_only_sigterm_has_an_effect(number, want, capfd):
         assert not stop
         assert not stop.is_save_requested
     assert capfd.readouterr().err == ""
+
+
+def test_a_loader_worker_outlives_sigterm_by_the_time_the_run_needs(monkeypatch):
+    monkeypatch.setattr(loader, "_STOP_SECONDS", 0.5)
+    started = time.monotonic()
+    child = os.fork()
+    if not child:
+        loader._init_worker(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert time.monotonic() - started >= 0.5
