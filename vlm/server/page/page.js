@@ -5,6 +5,7 @@ const PAGE_SIZE = 40;
 const FOLD_COSINE = 0.95;
 const MOST_VALUES = 12;
 const MOST_WORDS = 32;
+const ANSWER_SECONDS = 120;
 const byId = (id) => document.getElementById(id);
 
 // --- requests ---------------------------------------------------------------------------------------------------------
@@ -13,11 +14,17 @@ const token = { value: sessionStorage.getItem("token") ?? "" };
 
 async function call(path, body, signal) {
   const headers = {};
-  if (token.value) headers.Authorization = `Bearer ${token.value}`;
+  const sent = token.value;
+  if (sent) headers.Authorization = `Bearer ${sent}`;
   if (body) headers["Content-Type"] = "application/json";
-  const response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+  // a browser waits for ever where a connection was lost without a word, and what waits is not asked again
+  const late = AbortSignal.timeout(1000 * ANSWER_SECONDS);
+  const signals = signal ? AbortSignal.any([signal, late]) : late;
+  const options = { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal: signals };
+  const response = await fetch(path, options).catch(throwReadable);
   if (response.status === 401) {
-    await askForToken();
+    // another request may have got a new token meanwhile
+    if (sent === token.value) await askForToken(sent);
     return call(path, body, signal);
   }
   if (!response.ok) {
@@ -27,13 +34,27 @@ async function call(path, body, signal) {
   return response;
 }
 
-const callJson = async (path, body, signal) => (await call(path, body, signal)).json();
+const callJson = async (path, body, signal) => (await call(path, body, signal)).json().catch(throwReadable);
 
-function askForToken() {
+function throwReadable(error) {
+  if (error.name === "TimeoutError") throw new Error(`The server has not answered for ${ANSWER_SECONDS} seconds.`);
+  if (error instanceof TypeError) throw new Error("The server cannot be reached.");
+  throw error;
+}
+
+function askForToken(refused) {
   const dialog = byId("token-dialog");
-  if (!dialog.open) dialog.showModal();
-  return new Promise((resolve) => {
+  if (!dialog.open) {
+    byId("token-refused").hidden = !refused;
+    dialog.returnValue = "";
+    dialog.showModal();
+  }
+  return new Promise((resolve, reject) => {
     dialog.addEventListener("close", () => {
+      if (!dialog.returnValue) {
+        reject(new Error("This server asks for a token."));
+        return;
+      }
       token.value = byId("token").value.trim();
       sessionStorage.setItem("token", token.value);
       resolve();
@@ -75,7 +96,7 @@ let map = null;
 function readAddress() {
   const address = new URLSearchParams(location.search);
   const images = state.terms.filter((term) => term.kind === "image");
-  state.index = address.get("index") || state.index;
+  state.index = address.get("index") || indexes[0].name;
   state.view = VIEWS.includes(address.get("view")) ? address.get("view") : "search";
   state.terms = [];
   for (const [name, value] of address) {
@@ -92,8 +113,17 @@ function readAddress() {
   state.values = {};
   state.ranges = {};
   for (const [name, value] of address) {
-    if (name.startsWith("in.")) (state.values[name.slice(3)] ??= []).push(JSON.parse(value));
+    if (name.startsWith("in.")) (state.values[name.slice(3)] ??= []).push(readValue(value));
     if (name.startsWith("range.")) state.ranges[name.slice(6)] = value.split("~");
+  }
+}
+
+// written by hand it may be bare text
+function readValue(value) {
+  try {
+    return JSON.parse(value);
+  } catch {
+    return value;
   }
 }
 
@@ -218,9 +248,20 @@ function watchEnd() {
 // what is shown stays, and a service in trouble is not asked again by itself
 function showRetry(message) {
   const button = element("button", { type: "button" }, "Try again");
-  button.addEventListener("click", searchMore);
+  button.addEventListener("click", () => retryMore(hits));
   byId("more").replaceChildren(`More results could not be loaded: ${message} `, button);
 }
+
+// the button is gone when it has been pressed; who pressed it by a key goes on at what took its place
+async function retryMore(shown) {
+  const before = shown.length;
+  await searchMore();
+  if (hits !== shown || document.activeElement !== document.body) return;
+  const next = byId("more").querySelector("button") ?? tiles().get(hits[before]?.uid)?.querySelector("button");
+  next?.focus();
+}
+
+const tiles = () => new Map([...document.querySelectorAll("#results .tile")].map((node) => [node.dataset.uid, node]));
 
 function take(answer) {
   hits.push(...answer.hits);
@@ -239,7 +280,12 @@ function showSorted() {
     if (a === null || b === null) return (a === null) - (b === null);
     return order * (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
   });
-  byId("results").replaceChildren(...sorted.map(tile));
+  const shown = tiles();
+  const focused = byId("results").contains(document.activeElement) ? document.activeElement : null;
+  const { top = 0, bottom = 0 } = focused?.getBoundingClientRect() ?? {};
+  byId("results").replaceChildren(...sorted.map((hit) => shown.get(hit.uid) ?? tile(hit)));
+  // what is moved loses the focus; it is brought back into view only where it was in it
+  focused?.focus({ preventScroll: bottom < 0 || top > innerHeight });
 }
 
 function readField(hit, name) {
@@ -467,13 +513,17 @@ function chip(term) {
 }
 
 async function loadIndex() {
-  fields = (await callJson(indexPath("fields"))).fields;
+  const { index } = state;
+  const known = (await callJson(indexPath("fields"))).fields;
+  const categories = known.filter((field) => field.is_category && field.distinct > 1 && field.distinct <= 200 && field.name !== "caption");
+  const names = categories.slice(0, 20).map((field) => field.name);
+  const facets = names.length ? (await callJson(indexPath("facets"), { fields: names, top: MOST_VALUES })).facets : {};
+  // another index was chosen meanwhile
+  if (index !== state.index) return;
+  fields = known;
   const sortable = fields.filter((field) => !["caption", "language"].includes(field.name));
   byId("sort").replaceChildren(new Option("relevance", ""), ...sortable.flatMap((field) => [
     new Option(`${field.name} ↑`, `${field.name}~up`), new Option(`${field.name} ↓`, `${field.name}~down`)]));
-  const categories = fields.filter((field) => field.is_category && field.distinct > 1 && field.distinct <= 200 && field.name !== "caption");
-  const names = categories.slice(0, 20).map((field) => field.name);
-  const facets = names.length ? (await callJson(indexPath("facets"), { fields: names, top: MOST_VALUES })).facets : {};
   const ranges = fields.filter((field) => field.minimum !== null && !names.includes(field.name)).slice(0, 20);
   byId("filters").replaceChildren(...names.map((name) => valueFilter(name, facets[name])), ...ranges.map(rangeFilter));
   map?.reset();
@@ -524,7 +574,7 @@ const readFile = (file) => new Promise((resolve, reject) => {
 async function addFiles(files) {
   // copied before the wait: a drop's files are gone when its event is over
   const uploads = [...files];
-  await started;
+  if (!(await ready())) return;
   for (const file of uploads) {
     if (!file.type.startsWith("image/")) continue;
     state.terms.push({ kind: "image", value: file.name || "image", sign: 1, image: await readFile(file) });
@@ -570,7 +620,7 @@ function showView() {
     byId(`tab-${name}`).tabIndex = isShown ? 0 : -1;
   }
   byId("query-parts").hidden = state.view === "classify";
-  if (state.view === "map") showMap();
+  if (state.view === "map") showMap().catch(showMapError);
 }
 
 function goTo(name) {
@@ -601,6 +651,11 @@ async function showMap() {
   map.update();
 }
 
+function showMapError(error) {
+  byId("map-error").textContent = error instanceof TypeError ? "The map cannot be loaded: the server cannot be reached." : error.message;
+  byId("map-error").hidden = false;
+}
+
 const mapRows = () => indexes.find((index) => index.name === state.index)?.map_rows ?? 0;
 
 function moveAmongResults(event) {
@@ -621,7 +676,10 @@ function listen() {
     event.preventDefault();
     const text = byId("query").value;
     byId("query").value = "";
-    await started;
+    if (!(await ready())) {
+      byId("query").value = text;
+      return;
+    }
     addText(text);
     changed();
   });
@@ -679,8 +737,11 @@ function listen() {
   }
   byId("classify").addEventListener("submit", classify);
   byId("classify-file").addEventListener("change", (event) => (byId("chosen").textContent = `${event.target.files.length} chosen`));
-  addEventListener("popstate", () => {
+  addEventListener("popstate", async () => {
+    if (!(await ready())) return;
+    const { index } = state;
     readAddress();
+    if (state.index !== index) await loadIndex().catch((error) => showError(error.message));
     showControls();
     showView();
     search();
@@ -688,15 +749,15 @@ function listen() {
 }
 
 async function start() {
-  listen();
+  byId("error").hidden = true;
   try {
     ({ indexes } = await callJson(`${API}/indexes`));
     byId("index").replaceChildren(...indexes.map((index) => new Option(`${index.name} (${index.rows.toLocaleString("en")})`, index.name)));
     byId("index-picker").hidden = indexes.length < 2;
-    state.index = indexes[0].name;
     document.title = indexes.length > 1 ? "Search images" : `Search ${indexes[0].name}`;
     readAddress();
     await loadIndex();
+    hasStarted = true;
     showView();
     search();
   } catch (error) {
@@ -705,4 +766,12 @@ async function start() {
 }
 
 // what is asked before the indexes are known waits: reading the address would overwrite it
-const started = start();
+async function ready() {
+  await started;
+  if (!hasStarted) await (started = start());
+  return hasStarted;
+}
+
+listen();
+let hasStarted = false;
+let started = start();
