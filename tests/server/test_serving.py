@@ -3,9 +3,11 @@
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -19,6 +21,16 @@ from vlm.index.reader import Index
 from vlm.server import is_loopback, name_indexes, read_tokens_of, serving
 
 
+def wait_for_text(log, process, pattern):
+    """What the pattern's group holds, once the process has written it."""
+    for _ in range(600):
+        if found := re.search(pattern, log.read_text()):
+            return found[1]
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    raise AssertionError(log.read_text())
+
+
 @pytest.fixture
 def start(index, tmp_path):
     """Starts a server on a free port; gives the process, its address, and the file of its log."""
@@ -30,12 +42,7 @@ def start(index, tmp_path):
         with log.open("w") as file:
             process = preloaded.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=environment)
         processes.append(process)
-        for _ in range(600):
-            if started := re.search(r"at (http://[^;]+);", log.read_text()):
-                return process, started[1], log
-            assert process.poll() is None, log.read_text()
-            threading.Event().wait(0.05)
-        raise AssertionError(log.read_text())
+        return process, wait_for_text(log, process, r"at (http://[^;]+);"), log
 
     yield make
     for process in processes:
@@ -172,3 +179,52 @@ def test_a_mistake_is_one_clear_sentence(capsys, index, options, message):
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("vlm: ")
     assert message in lines[-1]
+
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from tests.server.conftest import ClassifyingModel
+from vlm.server import serving
+
+class Hanging(ClassifyingModel):
+    def embed_texts(self, texts):
+        if "hang" in texts:
+            print("hangs", flush=True)
+            time.sleep(600)
+        return super().embed_texts(texts)
+
+serving.SHUTDOWN_SECONDS, serving.CLOSING_SECONDS = float(sys.argv[2]), 0.5
+service = serving.open_service({"index": Path(sys.argv[1])}, load=lambda _: Hanging())
+serving.run_service(service, port=0, on_ready=lambda info: print(info.address, flush=True))
+"""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "signals", "reason"),
+    [
+        (0.5, [signal.SIGTERM], "had not ended 1 seconds after the signal"),
+        (60, [signal.SIGINT, signal.SIGTERM, signal.SIGINT], "a second Ctrl-C"),
+    ],
+)
+def test_a_request_that_hangs_keeps_no_server_alive(index, tmp_path, seconds, signals, reason):
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        words = [sys.executable, "-c", HANGING, str(index), str(seconds)]
+        process = preloaded.Popen(words, stdout=file, stderr=file)
+    try:
+        address = wait_for_text(log, process, r"http://(\S+)").split(":")
+        with socket.create_connection(address) as connection:
+            body = b'{"texts":["hang"]}'
+            connection.sendall(
+                b"POST /api/v1/indexes/index/search HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+                b"content-length: %d\r\n\r\n%b" % (len(body), body)
+            )
+            wait_for_text(log, process, "(hangs)")
+            for number in signals:
+                process.send_signal(number)
+                time.sleep(0.3)
+            assert process.wait(timeout=20) == 1
+    finally:
+        process.kill()
+    assert reason in log.read_text()

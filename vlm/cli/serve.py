@@ -25,7 +25,8 @@ class Serve:
     """Serve indexes over HTTP: a search page at /, the API at /api/v1 (OpenAPI: /api/v1/openapi.json).
 
     It also answers OpenAI's /v1/embeddings and clip-retrieval's /knn-service. New versions of an index are taken up
-    while it runs. It ends when all accepted requests are answered (Ctrl-C, SIGTERM).
+    while it runs. It ends when all accepted requests are answered (Ctrl-C, SIGTERM), at the latest a
+    minute after the signal; a second Ctrl-C ends it at once.
     """
 
     indexes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INDEX", help=_INDEX_HELP)]

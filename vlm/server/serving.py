@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 75
 SHUTDOWN_SECONDS = 30
 """How long requests that were accepted may take after the signal to end."""
+CLOSING_SECONDS = 30
+"""How long after that the threads that still work, on a batch or a change of an index, are waited for."""
 
 
 def open_service(
@@ -93,6 +97,9 @@ def run_service(
 ) -> None:
     """Serve until SIGTERM or SIGINT; accepted requests are answered before this returns.
 
+    What hangs is not waited for: a second SIGINT, or `SHUTDOWN_SECONDS` and `CLOSING_SECONDS` after the first signal,
+    end the process with exit code 1.
+
     on_ready: called once when requests are answered.
 
     Raises:
@@ -109,12 +116,43 @@ def run_service(
             await server.serve(sockets=[listener])
             announcing.cancel()
 
-    # uvicorn raises the signal again when it has ended well, which would end this process as if it had been killed
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, lambda *_: setattr(server, "should_exit", True))
     # uvloop's, where it is installed
-    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+    with _ending_on_signals(server), asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(run())
+
+
+@contextlib.contextmanager
+def _ending_on_signals(server: Any) -> Iterator[None]:
+    """Let SIGTERM and SIGINT end the server well, and the process where that cannot be."""
+    seconds = SHUTDOWN_SECONDS + CLOSING_SECONDS
+    late = threading.Timer(seconds, _end_process, [f"it had not ended {seconds:g} seconds after the signal"])
+    late.daemon = True
+
+    def end(number: int, _: object) -> None:
+        if not server.should_exit:
+            server.should_exit = True
+            late.start()
+        elif number == signal.SIGINT:
+            _end_process("a second Ctrl-C")
+
+    # in place of uvicorn's own, which raises the signal again when it has ended well, as if it had been killed
+    server.handle_exit = end
+    previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        late.cancel()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _end_process(reason: str) -> None:
+    """End at once: a thread that hangs would be waited for by Python's own exit, too."""
+    # not logged: whatever hangs may hold the lock of a log handler
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"The service was ended with work under way: {reason}. Changes that were answered are kept.\n")
+        sys.stderr.flush()
+    os._exit(1)
 
 
 @contextlib.contextmanager
@@ -133,7 +171,9 @@ def serve_in_background(service: Service, *, host: str = "127.0.0.1", port: int 
         yield _address_of(listener)
     finally:
         server.should_exit = True
-        thread.join()
+        thread.join(SHUTDOWN_SECONDS + CLOSING_SECONDS)
+        if thread.is_alive():
+            logger.warning("The service still has work under way, which hangs; it is left alone.")
         listener.close()
 
 
