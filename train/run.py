@@ -66,6 +66,7 @@ logger = logging.getLogger(__name__)
 Batches = Generator[list[TrainingBatch], None, None]
 """Global batches as this process's micro-batches; closing them ends the loader's workers."""
 
+_GIT_SECONDS = 10.0
 _THROUGHPUT = ("samples_per_second", "images_per_second", "data_wait", "mfu")
 
 
@@ -406,18 +407,26 @@ def _write_run(session: Session, ledger: Ledger, utilisation: Utilisation, model
 
 def environment() -> dict[str, Any]:
     """What a run was made with: versions, machine, commit."""
-    # an installed package is in no repository; then the commit stays empty
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).resolve().parent, check=False
-    )
     return {
         "vlm": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """The commit of this package; empty where it is in no repository, or git is not installed or does not answer."""
+    command = ["git", "rev-parse", "HEAD"]
+    folder = Path(__file__).resolve().parent
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=folder, check=False, timeout=_GIT_SECONDS
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def _initial_weights(network: nn.Module) -> dict[str, Any] | None:

@@ -57,6 +57,17 @@ def test_a_run_leaves_what_explains_and_repeats_it(configure, scene_shards):
     assert sum(shard["asked"] for shard in ledger["shards"]) == ledger["total"]["seen"] == 240
 
 
+@pytest.mark.parametrize("git", ["", "#!/bin/sh\nexec /bin/sleep 60\n"], ids=["none", "silent"])
+def test_a_run_ends_well_where_git_gives_no_commit(configure, monkeypatch, tmp_path, git):
+    if git:
+        (tmp_path / "git").write_text(git)
+        (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("vlm.train.run._GIT_SECONDS", 0.2)
+    train(configure("plain", steps=1))
+    assert read_manifest(tmp_path / "plain", "run").details["environment"]["commit"] == ""
+
+
 def test_the_final_model_has_the_ema_of_the_weights(configure):
     config = configure("run", steps=3, optimizer={"average_decay": 0.9, "warmup_steps": 1})
     train(config)
