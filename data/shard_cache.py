@@ -8,6 +8,7 @@ this one is read.
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -44,6 +45,8 @@ from vlm.storage import (
     sibling_url,
     url_basename,
 )
+
+logger = logging.getLogger(__name__)
 
 _CACHE_FILE = re.compile(r"([0-9a-f]{16})\.(tar|part|json)")
 _METADATA_BYTES = 2048
@@ -403,6 +406,7 @@ def _blocks(request: FetchRequest, position: int, retry: Retry) -> Iterator[byte
 
 
 _WAIT_SECONDS = 0.1
+_QUIET_SECONDS = 60.0
 _RESERVATION_GROWTH = 1.5
 _FIRST_GUESS = 1.25
 """Of the plain size of a compressed shard, relative to its compressed size."""
@@ -501,9 +505,7 @@ class ShardCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         key = self._key(url, identity)
         lock = self._space.lock(key)
-        try:
-            lock.acquire(blocking=should_wait)
-        except Timeout:
+        if not _acquire(lock, url, should_wait=should_wait):
             return False
         try:
             if self._space.path(key, "tar").exists() or self._fetch_locked(url, identity, key, stop):
@@ -565,6 +567,21 @@ class ShardCache:
 
     def _largest(self, url: str) -> int:
         return self._space.largest(url)
+
+
+def _acquire(lock: FileLock, url: str, *, should_wait: bool) -> bool:
+    """Lock a shard; False if another process has it, unless that is to be waited for, which is said when it is long."""
+    try:
+        lock.acquire(timeout=_QUIET_SECONDS if should_wait else 0)
+    except Timeout:
+        if not should_wait:
+            return False
+        logger.warning(
+            f"{url} has been locked by another process for {_QUIET_SECONDS:g} seconds, which fetches it into "
+            f"{lock.lock_file}; waiting for it. If it hangs, end it: what it has fetched is kept."
+        )
+        lock.acquire()
+    return True
 
 
 def default_cache() -> ShardCache:

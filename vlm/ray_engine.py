@@ -119,6 +119,7 @@ def run_on_ray(
         )
         gpus = " and a GPU" if uses_gpus else ""
         logger.info(f"Ray: {len(tasks):,} tasks; processes: {processes}, each with {pluralize(num_cpus, 'CPU')}{gpus}.")
+        _note_taken(ray, processes * num_cpus)
         rows = iter(dataset.iter_rows())
         try:
             for row in rows:
@@ -258,6 +259,16 @@ def _alive_nodes(ray: ModuleType) -> Iterator[NodeResources]:
         if node["Alive"]:
             resources = node["Resources"]
             yield NodeResources(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
+
+
+def _note_taken(ray: ModuleType, needed: int) -> None:
+    """Say what is waited for, since Ray itself waits without a word, and for ever, while others hold the CPUs."""
+    free = ray.available_resources().get("CPU", 0.0)
+    if free < needed:
+        logger.warning(
+            f"Ray: {needed} CPUs are needed, and {free:g} are free: others work on the cluster, and their CPUs are "
+            "waited for (ray status shows them). Fewer --processes need fewer."
+        )
 
 
 def _failure(report: Report[Any], name: str) -> VlmError:

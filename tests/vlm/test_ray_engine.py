@@ -5,6 +5,7 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,7 @@ from vlm.data.curation.pipeline import FILTERS, curate
 from vlm.data.selection import write_selection
 from vlm.data.shards import expand_shards
 from vlm.errors import UsageError, VlmError
-from vlm.ray_engine import NodeResources, RayCluster, cpus_per_process, run_on_ray
+from vlm.ray_engine import NodeResources, RayCluster, _note_taken, cpus_per_process, run_on_ray
 
 ROOT = Path(__file__).resolve().parents[2]
 THREE = RayCluster(processes=3)
@@ -128,3 +129,10 @@ def test_an_address_where_nobody_listens_is_named_at_once(monkeypatch, scene_sha
     words = ["curate", str(scene_shards / "train"), str(tmp_path / "out.selection"), "--filter", "usable"]
     assert main([*words, "--engine", "ray", "--ray-address", address]) == 1
     assert f"No Ray cluster can be reached at {address}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("free", "is_said"), [(3.0, False), (2.0, False), (1.0, True), (None, True)])
+def test_cpus_that_others_hold_are_waited_for_with_a_word(free, is_said, caplog):
+    resources = {} if free is None else {"CPU": free}
+    _note_taken(SimpleNamespace(available_resources=lambda: resources), 2)
+    assert ("2 CPUs are needed" in caplog.text) is is_said

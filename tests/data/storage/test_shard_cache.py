@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -145,6 +146,20 @@ cache = ShardCache(Path(sys.argv[1]), int(sys.argv[2]))
 readers = [ShardReader(address, cache) for address in sys.argv[3:]]
 print(" ".join(reader.read(n).key for reader in readers for n in range(len(reader))))
 """
+
+
+def test_who_waits_long_for_another_to_fetch_says_so(
+    faulty_server, served, write_shards, make_cache, monkeypatch, caplog
+):
+    (name,) = write_shards(served, 1, padding=20_000)
+    faulty_server.faults = [Fault(path=name, pause=0.05)]
+    monkeypatch.setattr("vlm.data.shard_cache._QUIET_SECONDS", 0.1)
+    cache = make_cache()
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(cache.local_path, [f"{faulty_server.url}/{name}"] * 2))
+    assert found[0] == found[1]
+    assert found[0].is_file()
+    assert [name in record.message for record in caplog.records if "waiting for it" in record.message] == [True]
 
 
 def test_two_processes_share_one_download_of_each_shard(faulty_server, served, write_shards, make_cache):
