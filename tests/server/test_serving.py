@@ -15,6 +15,7 @@ import pytest
 
 import vlm
 from tests import preloaded
+from tests.waiting import wait_until
 from vlm.cli.main import main
 from vlm.errors import UsageError
 from vlm.index.reader import Index
@@ -23,12 +24,7 @@ from vlm.server import is_loopback, name_indexes, read_tokens_of, serving
 
 def wait_for_text(log, process, pattern):
     """What the pattern's group holds, once the process has written it."""
-    for _ in range(600):
-        if found := re.search(pattern, log.read_text()):
-            return found[1]
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.05)
-    raise AssertionError(log.read_text())
+    return wait_until(lambda: re.search(pattern, log.read_text()), process=process)[1]
 
 
 @pytest.fixture
@@ -99,10 +95,7 @@ def test_a_program_reads_the_address_from_one_line_of_json(index, tmp_path):
     with shown.open("w") as file:
         process = preloaded.Popen(command, stdout=file, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(600):
-            if shown.read_text().endswith("\n") or process.poll() is not None:
-                break
-            threading.Event().wait(0.05)
+        wait_until(lambda: shown.read_text().endswith("\n"), process=process)
         [line] = shown.read_text().splitlines()
         started = json.loads(line)
         assert started["indexes"] == {"index": 11}

@@ -14,9 +14,10 @@ def uids(result: SearchResult) -> list[str]:
 def pages(service: SearchService, query: Query) -> list[str]:
     """The uids of all pages, one after the other."""
     found, result = [], service.search(query)
-    while True:
+    while len(found) < 100_000:
         found += uids(result)
         if not result.next:
             return found
         assert len(result.hits) == query.top
         result = service.search(replace(query, after=result.next))
+    raise AssertionError("pages without end")

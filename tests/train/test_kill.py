@@ -58,7 +58,7 @@ def signalled(words, run, number, *, is_group=False):
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    _, talk = process.communicate()
+    _, talk = process.communicate(timeout=120)
     return process.returncode, talk
 
 

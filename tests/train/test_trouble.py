@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from tests import preloaded
 from tests.data.tar_fixture import write_tar
 from tests.train.test_kill import command
+from tests.waiting import wait_until
 from vlm.errors import VlmError
 from vlm.train.objectives.contrastive import CLIP
 from vlm.train.objectives.loss_term import LossTerm
@@ -117,9 +117,7 @@ def test_a_lost_worker_is_named_with_what_is_saved(scene_shards, scene_tokenizer
     run = tmp_path / "run"
     words = command(scene_shards, scene_tokenizer, run, 1, "--steps", "100000")
     process = preloaded.Popen(words, stderr=subprocess.PIPE, text=True)
-    while not (run / "checkpoints").is_dir() or len(list((run / "checkpoints").glob("step-*"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: len(list(run.glob("checkpoints/step-*"))) >= 2, process=process)
     workers = [
         child for child in psutil.Process(process.pid).children(recursive=True) if "resource" not in child.name()
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.waiting import wait_until
 from vlm.cli.embed import Embed
 from vlm.errors import UsageError, VlmError
 from vlm.launch import run_in_processes
@@ -42,8 +43,8 @@ def work(task: Task) -> int:
     (task.folder / f"{rank}").write_text(" ".join([*told, str(os.getpid())]))
     if rank == task.failing:
         raise {1: VlmError, 2: UsageError, 3: ZeroDivisionError}[task.code]("a shard is damaged")
-    while task.endless:
-        time.sleep(0.05)
+    if task.endless:
+        time.sleep(600)
     return rank
 
 
@@ -71,8 +72,7 @@ def test_an_error_that_nobody_foresaw_comes_with_its_trace(tmp_path):
 
 def test_a_process_that_is_killed_ends_the_others(tmp_path):
     def kill_the_first() -> None:
-        while not (tmp_path / "0").exists() or not (tmp_path / "0").read_text():
-            time.sleep(0.05)
+        wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "0").read_text())
         os.kill(int((tmp_path / "0").read_text().split()[-1]), signal.SIGKILL)
 
     threading.Thread(target=kill_the_first, daemon=True).start()
@@ -82,9 +82,7 @@ def test_a_process_that_is_killed_ends_the_others(tmp_path):
 
 def test_they_end_when_the_one_that_started_them_is_killed(tmp_path):
     parent = subprocess.Popen([sys.executable, "-c", ENDLESS, str(tmp_path)], cwd=ROOT)
-    while sum(path.read_text().count(" ") for path in tmp_path.iterdir()) < 6:
-        assert parent.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: sum(path.read_text().count(" ") for path in tmp_path.iterdir()) == 6, process=parent)
     children = [psutil.Process(int(path.read_text().split()[-1])) for path in tmp_path.iterdir()]
     parent.send_signal(signal.SIGKILL)
     parent.wait()
