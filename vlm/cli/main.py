@@ -130,6 +130,10 @@ def enter() -> NoReturn:
     codes: list[int] = []
     atexit.register(_end, codes)  # the first registered runs last
     codes.append(main())
+    if codes[0] and (multiprocessing := sys.modules.get("multiprocessing")):
+        # a worker that is stopped or hangs does not hear SIGTERM, and Python's own exit would wait for it for ever
+        for worker in multiprocessing.active_children():
+            worker.kill()
     sys.exit(codes[0])
 
 
