@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tests.server.conftest import Caller
-from vlm.server.app import create_app
+from vlm.server.app import PAGE_FILES, create_app
 from vlm.server.guard import Guard, Limits, RateLimiter, Tokens
 from vlm.server.serving import open_service
 
@@ -98,6 +98,7 @@ def run_guard(app, *, limits, receive=None, headers=()):
         limits=limits,
         tokens=Tokens(),
         is_open=lambda path: True,
+        is_counted=lambda path: True,
         needs_write=lambda method, path: False,
         observe=lambda *_: None,
     )
@@ -156,6 +157,8 @@ def test_the_limit_reaches_the_client(index, model):
     caller = Caller(create_app(open_service({"index": index}, requests_per_second=1, load=lambda _: model)), {})
     statuses = [caller.get("/health").status_code for _ in range(4)]
     assert statuses == [200, 200, 429, 429]
+    # the page loads several files at once, which cost next to nothing
+    assert [caller.get(path).status_code for path in PAGE_FILES] == [200] * len(PAGE_FILES)
 
 
 def test_every_answer_carries_the_security_headers(caller):

@@ -52,7 +52,10 @@ class Serve:
     """Name files and shards in answers."""
 
     rate: float = 0.0
-    """Requests a second of one address, on average; 0 does not limit them."""
+    """Requests a second of one address, on average; 0 does not limit them.
+
+    The page's own files do not count; its results ask for up to 40 images at a time.
+    """
 
     max_results: int = 1000
     """Maximum number of hits of one page."""

@@ -50,7 +50,8 @@ def serve(
         tokens: file with a token a line, `read SECRET` or `write SECRET`; VLM_READ_TOKEN and VLM_WRITE_TOKEN in the
             environment are others. Without tokens to write the indexes cannot be changed.
         cors: origins whose pages may use the API. show_paths: name files and shards in answers.
-        rate: requests a second of one address, 0 for any number. max_results: of one page. max_body_mb: of a request.
+        rate: requests a second of one address, 0 for any number; the page's own files do not count. max_results: of one
+            page. max_body_mb: of a request.
         max_batch: queries that are embedded and searched together. cache: texts whose embeddings are remembered.
         workers: threads that search each index. log_requests: log a line for each request.
         on_ready: called once with address and indexes, which `vlm serve --json` prints, when requests are answered.

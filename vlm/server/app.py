@@ -237,6 +237,7 @@ def create_app(service: Service) -> App:
         limits=service.limits,
         tokens=service.tokens,
         is_open=lambda path: path in _OPEN_PATHS,
+        is_counted=lambda path: path not in PAGE_FILES,
         needs_write=lambda method, path: path.endswith(_WRITING),
         observe=service.metrics.observe_request,
     )

@@ -137,14 +137,16 @@ class Refused(Exception):
 class Guard:
     """ASGI middleware around the API.
 
-    is_open: whether a path needs no token (health, the page's own files). needs_write: whether a request changes
-    something. observe: called with method, route, status and seconds when a request ends.
+    is_open: whether a path needs no token (health, the page's own files). is_counted: whether a request for it counts
+    towards the limit of an address. needs_write: whether a request changes something. observe: called with method,
+    route, status and seconds when a request ends.
     """
 
     app: App
     limits: Limits
     tokens: Tokens
     is_open: Callable[[str], bool]
+    is_counted: Callable[[str], bool]
     needs_write: Callable[[str, str], bool]
     observe: Callable[[str, str, int, float], None]
     limiter: RateLimiter = field(init=False)
@@ -206,7 +208,8 @@ class Guard:
             Refused: rate, token, right or length.
         """
         client = scope.get("client")
-        if not self.limiter.allows(client[0] if client else "", time.monotonic()):
+        address = client[0] if client else ""
+        if self.is_counted(scope["path"]) and not self.limiter.allows(address, time.monotonic()):
             rate = f"{self.limits.requests_per_second:g}"
             raise Refused(429, "rate_limit", f"More than {rate} requests a second from one address; try again later.")
         path = scope["path"]
