@@ -3,7 +3,7 @@
 # scores of search. Over 4,000 unit rows and 50 queries, all lists looked at, 45 rows score above 0.9 by search, and range_search
 # with 0.9 returns 1,273; below the squared distance 0.2 there are 49, and 159,089 of the 200,000 pairs are returned, some at a distance
 # of -0.99. One and the same row gets a score that differs by 0.8 between the two, by 2 in L2. With further bits
-# ("RaBitQfs4") it gives what it gives at one bit. "IVF32,RaBitQ" and "IVF32,PQ16x4fs" give the same counts both ways.
+# ("RaBitQfs4") it gives what it gives at one bit. "IVF32,RaBitQ" gives the same counts both ways, "IVF32,PQ16x4fs" nearly.
 # Why it matters: range_search is how near-duplicates and "all above a threshold" are found. Changing the type of the index for
 # its speed turns a handful of pairs into most of the corpus, without an error, and a check by search says that all is well.
 # The cure: "IVF,RaBitQ" without fs for ranges, or search with a large k and a cut at the threshold.
