@@ -31,13 +31,16 @@ def test_a_search_shows_the_hits_and_the_address_holds_it(open_page, expected, a
     page.wait_for_selector("#results .empty")
 
 
-def test_images_load_and_a_lost_one_says_so(open_page, shards):
+def test_images_load(open_page):
     page = open_page("?q=red")
     until(page, "[...document.querySelectorAll('.tile img')].slice(0, 3).every(i => i.complete && i.naturalWidth)")
+
+
+def test_a_lost_image_says_so(open_page, shards):
+    # before any is shown: the service remembers thumbnails
     for shard in shards:
         Path(shard).unlink()
-    lost = open_page("?q=blue")
-    lost.wait_for_selector(".tile .gone")
+    open_page("?q=blue").wait_for_selector(".tile .gone")
 
 
 def test_a_picture_is_searched_by_picking_dropping_and_pasting(open_page, expected, paint):
