@@ -256,11 +256,11 @@ def shards_at(url: str) -> list[str]:
 
 
 class _PackedPair(NamedTuple):
-    """A pair as it stands in a shard, and what is counted of it."""
+    """A pair as it stands in a shard, and what is counted of it; one without captions has no first one."""
 
     members: bytes
     endings: set[str]
-    first_caption: str
+    first_caption: str | None
     is_garbled: bool
 
 
@@ -376,7 +376,7 @@ class _PackJob:
         return _PackedPair(
             members=sample_members(sample),
             endings=sample.keys() - {"__key__"},
-            first_caption=next(iter(pair.captions.values()), ("",))[0],
+            first_caption=next(iter(pair.captions.values()), (None,))[0],
             is_garbled=any(REPLACEMENT_CHARACTER in text for text in texts),
         )
 
@@ -386,6 +386,8 @@ class _PackJob:
     def _count_captions(self, packed: _PackedPair) -> None:
         self._num_garbled += packed.is_garbled
         text = packed.first_caption
+        if text is None:
+            return
         # of many different captions no single one can become nearly all later on
         if text in self._captions or len(self._captions) < _MAX_COUNTED_CAPTIONS:
             self._captions[text] += 1

@@ -437,6 +437,9 @@ def test_nearly_equal_captions_are_warned_of_with_the_likely_cause(write, tmp_pa
     assert "25 of 25 images have the same caption, 'a photo of a cat.'" in summary.warnings[0]
     put(source, "captions.csv", "file,caption\n" + "".join(f"cat/{n}.jpg,cat {n}\n" for n in range(25)))
     assert pack(open_source(str(source)), tmp_path / "other").warnings == ()
+    # none are none alike
+    without = open_source(str(source), SourceOptions(captions="none"))
+    assert pack(without, tmp_path / "without").warnings == ()
 
 
 def test_a_column_of_the_table_gives_the_keys(write):
