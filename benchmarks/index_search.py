@@ -142,18 +142,20 @@ def _kept_shape(arguments: Arguments, folder: Path) -> tuple[int, ...] | None:
         return None
     kept = json.loads((folder / _MADE_FROM).read_text(encoding="utf-8"))
     for name, value in _made_from(arguments).items():
-        if kept[name] != value:
+        # a folder of an earlier version lacks the options that came later
+        if (before := kept.get(name, "")) != value:
+            option = name.replace("_", "-")
             raise UsageError(
-                f"--keep {folder} holds vectors of --{name} {kept[name]}, not {value}; give that, or another folder."
+                f"--keep {folder} holds vectors of --{option} {before!r}, not {value!r}; give that, or another folder."
             )
     return np.load(folder / "rows.npy", mmap_mode="r").shape
 
 
 def _write(arguments: Arguments, folder: Path) -> tuple[int, int]:
     """Rows, queries and ground truth for all sides, and the embeddings folders that ours reads."""
-    has_images = bool(arguments.images or arguments.patches_of)
-    if has_images != (arguments.texts is not None) or bool(arguments.patches_of) != bool(arguments.shards):
-        raise UsageError("--images belongs to --texts, --patches-of to --shards and --texts: give all or none.")
+    given = {name for name in ("images", "patches_of", "shards", "texts") if getattr(arguments, name)}
+    if given not in (set(), {"images", "texts"}, {"patches_of", "shards", "texts"}):
+        raise UsageError("Give --images and --texts, or --patches-of, --shards and --texts, or none of them.")
     if arguments.texts:
         rows = _embedded_rows(arguments)
         planned, asked = halves(arguments.texts, arguments.questions, seed=arguments.seed)

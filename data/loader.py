@@ -307,7 +307,7 @@ def _init_worker(_: int) -> None:
 
 
 def _end_later(number: int, frame: FrameType | None) -> None:
-    """For a signal: end this worker once the run has had time to stop; one that hangs is told so at the run's end."""
+    """The handler: end this worker once the run has had time to save; torch, too, sends it to one that hangs."""
     timer = threading.Timer(_STOP_SECONDS, os._exit, (0,))
     timer.daemon = True
     timer.start()

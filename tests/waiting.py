@@ -14,5 +14,5 @@ def wait_until(is_so: Callable[[], Any], *, process: Any = None, seconds: float 
     while not (found := is_so()):
         assert process is None or process.poll() is None, f"the process ended with {process.returncode}"
         assert time.monotonic() < deadline, f"not so after {seconds:g} seconds"
-        time.sleep(0.02)
+        time.sleep(0.01)
     return found

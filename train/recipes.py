@@ -446,13 +446,12 @@ RECIPES: dict[str, Recipe] = {
             prepare=("vlm pack PAIRS shards --hold-out 1000",),
             options="--start-from MODEL --data 'shards/train-*.tar' --val 'shards/val-*.tar'",
             remarks="No band yet: docs/benchmarks.md measures heads tuned over frozen towers, and lit-local unfrozen, "
-            "which loses. Every weight is trained at 1e-5, a fiftieth of DataComp's rate of pretraining; a "
-            "larger one soon loses what MODEL knows. --val-other OTHER tells how much, --max-drift 0.01 holds it, and "
-            "vlm soup RUN --interpolate MODEL --val "
-            "SHARDS --val-other OTHER finds the best mean of both that keeps it. --lora-rank 8 trains adapters alone "
-            "(pip install 'vlm-pipeline[lora]'); --layer-lr-decay 0.75 spares the early layers; --keep-best METRIC "
-            "--early-stop 3 ends with the best weights. A small MODEL of your own takes more: try --learning-rate "
-            "1e-4.",
+            "which loses. Every weight is trained at 1e-5, a fiftieth of DataComp's rate of pretraining; a larger "
+            "one soon loses what MODEL knows. --val-other OTHER tells how much, --max-drift 0.01 holds it, and vlm "
+            "soup RUN --interpolate MODEL --val SHARDS --val-other OTHER finds the best mean of both that keeps it. "
+            "--lora-rank 8 trains adapters alone (pip install 'vlm-pipeline[lora]'); --layer-lr-decay 0.75 spares "
+            "the early layers; --keep-best METRIC --early-stop 3 ends with the best weights. A small MODEL of your "
+            "own takes more: try --learning-rate 1e-4.",
         ),
         _web_recipe(
             "lit",

@@ -1,7 +1,6 @@
 import io
 import logging
 import tarfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,19 +67,6 @@ def fresh_memory() -> None:
     """No test knows of files another one saw."""
     remote.clear_identity_cache()
     shard_cache.clear_manifest_cache()
-
-
-@pytest.fixture
-def wait_for():
-    """Wait until something is so."""
-
-    def wait(is_so, seconds=20.0):
-        end = time.monotonic() + seconds
-        while not is_so():
-            assert time.monotonic() < end
-            time.sleep(0.01)
-
-    return wait
 
 
 @pytest.fixture(scope="session")

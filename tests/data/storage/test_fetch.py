@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.data.storage.faulty_server import Fault
+from tests.waiting import wait_until
 from vlm.data.shards import count_samples, expand_shards
 from vlm.data.tar import ShardReader
 from vlm.errors import UsageError, VlmError
@@ -103,12 +104,12 @@ ShardCache(Path(sys.argv[1]), 1 << 30).local_path(sys.argv[2])
 """
 
 
-def test_a_killed_fetch_is_resumed(faulty_server, served, write_shards, make_cache, wait_for):
+def test_a_killed_fetch_is_resumed(faulty_server, served, write_shards, make_cache):
     (name,) = write_shards(served, 1, padding=50_000)
     url, cache = f"{faulty_server.url}/{name}", make_cache()
     faulty_server.faults = [Fault(path=name, pause=0.05)]
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(cache.folder), url])
-    wait_for(lambda: any(part.stat().st_size > 20_000 for part in cache.folder.glob("*.part")))
+    wait_until(lambda: any(part.stat().st_size > 20_000 for part in cache.folder.glob("*.part")), seconds=20)
     process.send_signal(signal.SIGKILL)
     process.wait()
     (part,) = cache.folder.glob("*.part")

@@ -4,6 +4,7 @@ import time
 
 from tests.data.storage.faulty_server import Fault
 from tests.data.storage.test_fetch import read_all
+from tests.waiting import wait_until
 from vlm.data.shard_cache import Prefetcher
 from vlm.data.shards import count_samples
 from vlm.data.tar import ShardReader
@@ -13,53 +14,53 @@ def cached(cache, urls):
     return [cache.touch(url) for url in urls]
 
 
-def test_wanted_shards_are_there_before_they_are_read(faulty_server, served, write_shards, make_cache, wait_for):
+def test_wanted_shards_are_there_before_they_are_read(faulty_server, served, write_shards, make_cache):
     names = write_shards(served, 6)
     urls, cache = [f"{faulty_server.url}/{name}" for name in names], make_cache()
     with Prefetcher(cache, urls) as prefetcher:
         prefetcher.request([4, 1])
-        wait_for(lambda: cached(cache, urls) == [False, True, False, False, True, False])
+        wait_until(lambda: cached(cache, urls) == [False, True, False, False, True, False], seconds=20)
         prefetcher.request([1, 0])
-        wait_for(lambda: cache.touch(urls[0]))
+        wait_until(lambda: cache.touch(urls[0]), seconds=20)
     assert read_all(urls[4], cache) == read_all(str(served / names[4]))
     assert len(faulty_server.gets(f"/{names[4]}")) == 1
 
 
 def test_no_more_is_fetched_than_fits_and_the_next_comes_when_there_is_room(
-    faulty_server, served, write_shards, make_cache, wait_for
+    faulty_server, served, write_shards, make_cache
 ):
     names = write_shards(served, 6)
     urls = [f"{faulty_server.url}/{name}" for name in names]
     cache = make_cache(int(3.7 * (served / names[0]).stat().st_size))
     with Prefetcher(cache, urls) as prefetcher:
         prefetcher.request(range(6))
-        wait_for(lambda: cached(cache, urls[:3]) == [True] * 3)
+        wait_until(lambda: cached(cache, urls[:3]) == [True] * 3, seconds=20)
         time.sleep(0.1)
         assert cached(cache, urls) == [True] * 3 + [False] * 3
         prefetcher.request(range(2, 6))
-        wait_for(lambda: cached(cache, urls[2:5]) == [True] * 3)
+        wait_until(lambda: cached(cache, urls[2:5]) == [True] * 3, seconds=20)
     assert not faulty_server.gets(f"/{names[5]}")
     assert [len(faulty_server.gets(f"/{name}")) for name in names[:5]] == [1] * 5
 
 
-def test_failures_are_left_to_the_reader(faulty_server, served, write_shards, make_cache, wait_for):
+def test_failures_are_left_to_the_reader(faulty_server, served, write_shards, make_cache):
     names = write_shards(served, 3)
     urls, cache = [f"{faulty_server.url}/{name}" for name in names], make_cache()
     (served / names[0]).rename(served / "away.tar")
     with Prefetcher(cache, urls, threads=1) as prefetcher:
         prefetcher.request([0, 1])
-        wait_for(lambda: cache.touch(urls[1]))
+        wait_until(lambda: cache.touch(urls[1]), seconds=20)
         (served / "away.tar").rename(served / names[0])
         assert len(read_all(urls[0], cache)) == 4
 
 
-def test_closing_calls_off_what_is_slow_and_keeps_it(faulty_server, served, write_shards, make_cache, wait_for):
+def test_closing_calls_off_what_is_slow_and_keeps_it(faulty_server, served, write_shards, make_cache):
     (name,) = write_shards(served, 1, padding=200_000)
     url, cache = f"{faulty_server.url}/{name}", make_cache()
     faulty_server.faults = [Fault(path=name, pause=0.05)]
     prefetcher = Prefetcher(cache, [url])
     prefetcher.request([0])
-    wait_for(lambda: any(part.stat().st_size > 10_000 for part in cache.folder.glob("*.part")))
+    wait_until(lambda: any(part.stat().st_size > 10_000 for part in cache.folder.glob("*.part")), seconds=20)
     started = time.monotonic()
     prefetcher.close()
     assert time.monotonic() - started < 4
