@@ -146,7 +146,8 @@ def _kept_shape(arguments: Arguments, folder: Path) -> tuple[int, ...] | None:
         if (before := kept.get(name, "")) != value:
             option = name.replace("_", "-")
             raise UsageError(
-                f"--keep {folder} holds vectors of --{option} {before!r}, not {value!r}; give that, or another folder."
+                f"--keep {folder} holds vectors of --{option} {before or 'unset'}, not {value or 'unset'}; give that, "
+                "or another folder."
             )
     return np.load(folder / "rows.npy", mmap_mode="r").shape
 
