@@ -56,6 +56,23 @@ class _Column:
             for item in value:
                 self.items.add(item)
 
+    def merge(self, later: "_Column") -> None:
+        """Take in the values of another one, which come after these."""
+        self.has_whole |= later.has_whole
+        self.has_fraction |= later.has_fraction
+        self.has_flag |= later.has_flag
+        self.has_text |= later.has_text
+        self.smallest = min(self.smallest, later.smallest)
+        self.largest = max(self.largest, later.largest)
+        if later.fields is not None:
+            self.fields = self.fields or {}
+            for name, column in later.fields.items():
+                if len(self.fields) <= MAX_KEYS or name in self.fields:
+                    self.fields.setdefault(name, _Column()).merge(column)
+        if later.items is not None:
+            self.items = self.items or _Column()
+            self.items.merge(later.items)
+
     @property
     def is_beyond_double(self) -> bool:
         """Whether some whole number is none that a float holds."""
@@ -78,6 +95,13 @@ class _Column:
         if not self.fields or len(self.fields) > MAX_KEYS:
             return {}
         return dict.fromkeys(name for name in self.fields if name not in inner)
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether some object has more keys than are looked at."""
+        fields = self.fields or {}
+        inner = [*fields.values(), self.items] if self.items else fields.values()
+        return len(fields) > MAX_KEYS or any(column.is_capped for column in inner)
 
     def feature(self) -> dict[str, Any] | None:
         """The type in the words of Hugging Face's dataset cards; None if no type holds all values."""
@@ -152,6 +176,20 @@ class JsonColumns:
             self._dropped.update(words.dropped.columns)
             self._num_rows_cut += words.dropped.num_rows
             self._first_dropped = self._first_dropped or words.dropped.first
+
+    def merge(self, later: "JsonColumns") -> None:
+        """Take in the samples of another one, which come after these."""
+        self._metadata.merge(later._metadata)
+        self._languages |= later._languages
+        self._are_by_language |= later._are_by_language
+        self._dropped.update(later._dropped)
+        self._num_rows_cut += later._num_rows_cut
+        self._first_dropped = self._first_dropped or later._first_dropped
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether some object has so many keys that it matters in which order samples were added and merged."""
+        return self._metadata.is_capped
 
     def warnings(self) -> tuple[str, ...]:
         """What could not be made alike, and for whom that matters; what was dropped."""

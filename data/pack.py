@@ -1,5 +1,6 @@
 """Packing: pairs of any source become WebDataset shards, checked, resumable, the same bytes each time.
 
+Pairs are read, checked and encoded by forked processes where there are many and the source allows it, else by threads.
 A journal has a line for each finished shard; an interrupted run resumes after the last one.
 """
 
@@ -9,8 +10,9 @@ import os
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from operator import itemgetter
@@ -22,13 +24,14 @@ import numpy as np
 from vlm.console import list_counts, pluralize, progress, track
 from vlm.data.decode import open_image, packable_formats, storable_image, to_rgb
 from vlm.data.dedup import rgb_thumbnail
+from vlm.data.forked_map import can_fork, map_forked
 from vlm.data.json_columns import JsonColumns
 from vlm.data.samples import REPLACEMENT_CHARACTER, Captions, Pair, WordedSource, Words, select_languages
 from vlm.data.shards import expand_shards, shards_fingerprint
-from vlm.data.sources.source import NamedSource, PairSource
+from vlm.data.sources.source import ForkableSource, NamedSource, PairSource
 from vlm.data.sources.source_registry import Recognition, holds_shards, open_source
 from vlm.data.split import GroupedSplit, HeldOutSplit
-from vlm.data.tar import IMAGE_EXTENSIONS
+from vlm.data.tar import IMAGE_EXTENSIONS, open_index
 from vlm.data.tar_entries import SampleWriter, npy_bytes, sample_members
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import append_line, atomic_write, json_text, read_lines, write_text
@@ -318,21 +321,22 @@ class _PackJob:
     def write_split(self, split: str, numbers: Sequence[int]) -> None:
         """Write what is missing of a split, a shard at a time."""
         done = [shard for shard in self.shards if shard.split == split]
-        samples = self._samples(numbers, first=done[-1].upto if done else 0)
         size = self._config.samples_per_shard
         # at least WebDataset's usual five, more for splits of 100,000 shards: names sort as numbers
         digits = max(5, len(str(len(numbers) // size)))
-        for place, sample in enumerate(samples, start=len(done)):
-            path = self._out / f"{split}-{place:0{digits}d}.tar"
-            count = 0
-            endings: set[str] = set()
-            with atomic_write(path) as file, SampleWriter(file) as tar:
-                # the first sample is read before the file is opened: no shard is empty
-                for packed in chain([sample], islice(samples, size - 1)):
-                    tar.write_members(packed.members)
-                    count += 1
-                    endings |= packed.endings
-            self._record(path, split, count, sorted(endings))
+        # closed before an error goes on, for processes may be at work
+        with closing(self._samples(numbers, first=done[-1].upto if done else 0)) as samples:
+            for place, sample in enumerate(samples, start=len(done)):
+                path = self._out / f"{split}-{place:0{digits}d}.tar"
+                count = 0
+                endings: set[str] = set()
+                with atomic_write(path) as file, SampleWriter(file) as tar:
+                    # the first sample is read before the file is opened: no shard is empty
+                    for packed in chain([sample], islice(samples, size - 1)):
+                        tar.write_members(packed.members)
+                        count += 1
+                        endings |= packed.endings
+                self._record(path, split, count, sorted(endings))
 
     def _record(self, path: Path, split: str, count: int, endings: list[str]) -> None:
         file = record_file(path)
@@ -349,21 +353,23 @@ class _PackJob:
         # after the shard itself: a line is a promise that its shard is whole
         append_line(self._out / _JOURNAL, json.dumps(asdict(shard)))
         self.shards.append(shard)
+        # of use at the end and to whoever reads the shard; made here, while others work on the next one
+        open_index(str(path))
         self._since_last = []
 
-    def _samples(self, numbers: Sequence[int], *, first: int) -> Iterator[_PackedPair]:
+    def _samples(self, numbers: Sequence[int], *, first: int) -> Generator[_PackedPair, None, None]:
         """The usable pairs, from place `first` of the numbers on."""
         places = range(first, len(numbers))
-        pairs = (_read_pair(self._source, numbers[place], self._config) for place in places)
-        for place, packed in zip(places, _in_threads(self._pack_pair, pairs), strict=True):
-            # set before the yield: the writer records it once the last sample of a shard is written
-            self._upto = place + 1
-            self._shown.update()
-            if isinstance(packed, BadSample):
-                self._reject(numbers[place], packed)
-            else:
-                self._count_captions(packed)
-                yield packed
+        with closing(_work_through(self._source, numbers, places, self._config, self._pack_pair)) as results:
+            for place, packed in zip(places, results, strict=True):
+                # set before the yield: the writer records it once the last sample of a shard is written
+                self._upto = place + 1
+                self._shown.update()
+                if isinstance(packed, BadSample):
+                    self._reject(numbers[place], packed)
+                else:
+                    self._count_captions(packed)
+                    yield packed
 
     def _pack_pair(self, pair: Pair | BadSample) -> _PackedPair | BadSample:
         if isinstance(pair, BadSample):
@@ -433,12 +439,41 @@ def _in_languages(captions: Captions, config: PackConfig) -> Captions:
     return select_languages(captions, config.languages) if config.languages and captions else captions
 
 
+# of fewer pairs a process saves no more time than it takes to start, about 10 ms; to read words takes a sixth
+_MIN_PAIRS_OF_PROCESS = 1_000
+_MIN_TEXTS_OF_PROCESS = 4_000
+_TEXTS_AT_ONCE = 1_024
+
+
 def _scan_columns(source: PairSource, config: PackConfig) -> JsonColumns:
     """What the JSON of all pairs has in common; a source that tells no words gives the same keys and types anyway."""
-    columns = JsonColumns()
     if not isinstance(source, WordedSource):
-        return columns
-    for number in track(range(len(source)), total=len(source), what="reading texts", unit="pair"):
+        return JsonColumns()
+    total = len(source)
+    parts = [range(total)[first : first + _TEXTS_AT_ONCE] for first in range(0, total, _TEXTS_AT_ONCE)]
+    processes = _num_processes(source, total, least=_MIN_TEXTS_OF_PROCESS)
+    columns = JsonColumns()
+    with progress(total=total, what="reading texts", unit="pair") as shown:
+        if processes < 2:
+            for numbers in parts:
+                _add_columns(columns, source, numbers, config)
+                shown.update(len(numbers))
+            return columns
+
+        def scan(place: int) -> JsonColumns:
+            return _add_columns(JsonColumns(), source, parts[place], config)
+
+        results = map_forked(scan, range(len(parts)), processes=processes, size_of=lambda _: 0, max_batch=1)
+        with closing(results):
+            for numbers, part in zip(parts, results, strict=True):
+                columns.merge(part)
+                shown.update(len(numbers))
+    # such a part does not tell all that one after another tells
+    return _add_columns(JsonColumns(), source, range(total), config) if columns.is_capped else columns
+
+
+def _add_columns(columns: JsonColumns, source: WordedSource, numbers: Iterable[int], config: PackConfig) -> JsonColumns:
+    for number in numbers:
         try:
             words = source.words(number)
             columns.add(words._replace(captions=_in_languages(words.captions, config)))
@@ -467,11 +502,11 @@ def held_out_split(source: PairSource, config: PackConfig) -> HeldOutSplit:
         UsageError: so many cannot be held out.
     """
     groups = GroupedSplit(by_caption=not source.captions_are_labels)
-    numbers = track(range(len(source)), total=len(source), what="grouping", unit="pair")
-    pairs = (_read_pair(source, number, config) for number in numbers)
-    for number, grouped in enumerate(_in_threads(_thumbnail_pair, pairs)):
-        if grouped is not None:
-            groups.add(number, *grouped)
+    numbers = range(len(source))
+    with closing(_work_through(source, numbers, numbers, config, _thumbnail_pair)) as results:
+        for number, grouped in enumerate(track(results, total=len(source), what="grouping", unit="pair")):
+            if grouped is not None:
+                groups.add(number, *grouped)
     return groups.hold_out(config.hold_out, seed=config.seed)
 
 
@@ -493,13 +528,45 @@ _BATCH_BYTES = 1 << 20
 _BATCHES_AHEAD = 2
 
 
-def _in_threads(work: Callable[[Pair | BadSample], Made], pairs: Iterator[Pair | BadSample]) -> Iterator[Made]:
-    """What the work makes of each pair, in their order, by as many threads as there are cores.
+def _work_through(
+    source: PairSource,
+    numbers: Sequence[int],
+    places: range,
+    config: PackConfig,
+    work: Callable[[Pair | BadSample], Made],
+) -> Generator[Made, None, None]:
+    """What the work makes of the pairs at some places of the numbers, in their order, by all cores."""
+    processes = _num_processes(source, len(places), least=_MIN_PAIRS_OF_PROCESS)
+    if processes > 1:
+        return map_forked(
+            lambda place: work(_read_pair(source, numbers[place], config)),
+            places,
+            processes=processes,
+            size_of=lambda made: len(made.members) if isinstance(made, _PackedPair) else 0,
+        )
+    pairs = (_read_pair(source, numbers[place], config) for place in places)
+    return _in_threads(work, pairs, threads=_num_cores())
+
+
+def _num_processes(source: object, num_pairs: int, *, least: int) -> int:
+    """How many processes share so many pairs, of which each has these at least; 1 where threads do the work."""
+    processes = min(_num_cores(), num_pairs // least)
+    is_shared = processes > 1 and isinstance(source, ForkableSource) and source.is_fork_safe and can_fork()
+    return processes if is_shared else 1
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_threads(
+    work: Callable[[Pair | BadSample], Made], pairs: Iterator[Pair | BadSample], *, threads: int
+) -> Generator[Made, None, None]:
+    """What the work makes of each pair, in their order.
 
     The caller reads the pairs, for sources need not be safe for threads. What reading raises, Ctrl-C as well, comes
     after the results of the pairs before it: as much is written as if one pair were done after another.
     """
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pending: deque[Future[list[Made]]] = deque()
     pool = ThreadPoolExecutor(threads, "packing")
     failure: BaseException | None = None

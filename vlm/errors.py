@@ -31,6 +31,10 @@ class BadSample(VlmError):
         self.reason = reason
         self.detail = detail
 
+    def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str]]:
+        # exceptions pickle their message alone
+        return BadSample, (self.reason, self.detail)
+
 
 @contextlib.contextmanager
 def os_errors_explained() -> Iterator[None]:

@@ -144,6 +144,7 @@ class AnnotationSource:
     """The images of annotation files, each with all its captions; metadata is what the file says of the image."""
 
     captions_are_labels = False
+    is_fork_safe = True
 
     def __init__(
         self, files: SourceFiles, annotations: dict[str, list[AnnotatedImage]], options: SourceOptions

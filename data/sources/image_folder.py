@@ -35,6 +35,7 @@ class ClassFolderSource:
     """
 
     captions_are_labels = True
+    is_fork_safe = True
 
     def __init__(self, files: SourceFiles, *, template: str) -> None:
         if "{}" not in template:
@@ -98,6 +99,7 @@ class ImageFolderSource:
     """
 
     captions_are_labels = False
+    is_fork_safe = True
 
     def __init__(self, files: SourceFiles, options: SourceOptions) -> None:
         self._files = files

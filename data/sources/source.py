@@ -89,6 +89,16 @@ class NamedSource(Protocol):
         ...
 
 
+@runtime_checkable
+class ForkableSource(Protocol):
+    """A source that says whether processes forked from this one may read it, each for itself."""
+
+    @property
+    def is_fork_safe(self) -> bool:
+        """Whether nothing that it has open has a position, a connection or threads that they would share."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class SceneOptions:
     """The synthetic shapes dataset of SOURCE scenes."""
@@ -451,6 +461,7 @@ class SplitFilter:
         self._source = source
         self._splits = tuple(dict.fromkeys(splits))
         self.captions_are_labels = source.captions_are_labels
+        self.is_fork_safe = isinstance(source, ForkableSource) and source.is_fork_safe
         split_of = list(_splits(source, range(len(source))))
         known = sorted(set(split_of) - {""})
         for split in self._splits:

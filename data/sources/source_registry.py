@@ -61,6 +61,7 @@ class SyntheticShapesSource:
     """The first `number` scenes of a split, with captions in all languages; metadata `scene` holds the facts."""
 
     captions_are_labels = False
+    is_fork_safe = True
 
     def __init__(self, options: SceneOptions) -> None:
         self._options = options

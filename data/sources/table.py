@@ -188,6 +188,11 @@ class TableSource:
                     used.add(self._finder.find(name, table.folder))
         return used
 
+    @property
+    def is_fork_safe(self) -> bool:
+        """Whether images lie in files of their own; those in a Parquet file are read from one open file."""
+        return not any(table.rows.embedded for table in self._tables)
+
     def fingerprint(self) -> str:
         """The tables, the columns chosen, and the names and sizes of all files."""
         return self._identity

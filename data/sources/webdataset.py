@@ -20,6 +20,7 @@ from vlm.data.tar import ShardReader, open_index
 from vlm.data.tar_entries import TarEntries
 from vlm.errors import BadSample, VlmError
 from vlm.files import compute_fingerprint
+from vlm.storage import needs_cache
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,11 @@ class ShardSource:
     def file_of(self, number: int) -> str:
         """The key of the sample."""
         return self._keys[number].as_py()
+
+    @property
+    def is_fork_safe(self) -> bool:
+        """Whether the shards are plain tars on this machine, read by position; the cache of others has connections."""
+        return not any(map(needs_cache, self._shards))
 
     def fingerprint(self) -> str:
         """Keys and sizes, from the indexes of the shards, and what is selected of them."""

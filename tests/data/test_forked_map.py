@@ -1,0 +1,116 @@
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+from itertools import islice
+
+import pytest
+
+from vlm.data.forked_map import can_fork, map_forked
+from vlm.errors import BadSample, VlmError
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked on Linux alone")
+
+
+def results_of(work, numbers, *, processes=2, size_of=len):
+    return map_forked(work, numbers, processes=processes, size_of=size_of)
+
+
+@pytest.mark.parametrize("numbers", [range(1), range(2), range(33), range(5, 700), range(255, 258)])
+@pytest.mark.parametrize("processes", [1, 3])
+def test_results_come_in_the_order_of_the_numbers(numbers, processes):
+    made = list(results_of(lambda number: bytes([number % 251]), numbers, processes=processes))
+    assert made == [bytes([number % 251]) for number in numbers]
+
+
+def test_other_processes_do_the_work():
+    made = set(results_of(lambda _: os.getpid(), range(600), size_of=lambda _: 1 << 16))
+    # the first number is done here
+    assert len(made - {os.getpid()}) == 2
+    assert os.getpid() in made
+
+
+def test_large_results_come_one_by_one_and_in_order():
+    sizes = [(number * 7 % 5) << 20 for number in range(70)]
+    made = results_of(lambda number: bytes(sizes[number]), range(70))
+    assert list(map(len, made)) == sizes
+
+
+def test_a_slow_number_holds_back_those_after_it_alone():
+    made = []
+    for result in results_of(
+        lambda number: time.sleep(0.2 * (number == 40)) or number, range(400), size_of=lambda _: 1
+    ):
+        made.append(result)
+    assert made == list(range(400))
+
+
+@pytest.mark.parametrize("at", [0, 1, 200, 399])
+def test_what_the_work_raises_comes_after_the_results_before_it(at):
+    def work(number):
+        if number >= at:
+            raise FileNotFoundError(2, "gone", f"{number}.jpg")
+        return number
+
+    results = results_of(work, range(400), size_of=lambda _: 1)
+    assert list(islice(results, at)) == list(range(at))
+    with pytest.raises(FileNotFoundError, match=f"{at}.jpg"):
+        next(results)
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_that_cannot_be_sent_comes_as_its_text():
+    class Local(Exception):
+        pass
+
+    def work(number):
+        if number == 3:
+            raise Local("of this function")
+        return b""
+
+    with pytest.raises(RuntimeError, match="Local: of this function"):
+        list(results_of(work, range(10)))
+
+
+def test_a_bad_sample_travels():
+    bad = pickle.loads(pickle.dumps(BadSample("no image", "k1 has none")))
+    assert (bad.reason, bad.detail, str(bad)) == ("no image", "k1 has none", "no image: k1 has none")
+
+
+def test_a_killed_process_is_an_error_that_names_the_cure():
+    parent = os.getpid()
+
+    def work(number):
+        if number == 300 and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+    with pytest.raises(VlmError, match=r"killed by signal 9.*memory.*Rerun.*taskset -c 0"):
+        list(results_of(work, range(1000), size_of=lambda _: 1))
+    assert not multiprocessing.active_children()
+
+
+def test_closing_it_ends_the_processes_even_one_that_hangs():
+    parent = os.getpid()
+    results = results_of(
+        lambda number: time.sleep(3600 * (os.getpid() != parent and number > 40)), range(400), size_of=bool
+    )
+    for _ in range(20):
+        next(results)
+    started = time.monotonic()
+    results.close()
+    assert time.monotonic() - started < 30
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_with_threads_does_not_fork():
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    try:
+        assert not can_fork()
+    finally:
+        end.set()
+        thread.join()
