@@ -29,8 +29,9 @@ _FIRST_BATCH = 32
 # less than a pipe holds, so that a process goes on with the next batch while its results wait
 _BATCH_BYTES = 1 << 20
 _BATCHES_AHEAD = 2
-# of results that wait for an earlier batch; a process whose results are not taken waits
+# of results that wait to be used, and batches of each process; a process whose results are not taken waits
 _MAX_WAITING_BYTES = 64 << 20
+_MAX_PENDING = 16
 # the most that Linux lets a user have; of 64 KiB a process would be woken sixteen times for a batch
 _PIPE_BYTES = 1 << 20
 
@@ -65,13 +66,25 @@ def map_forked(
     # the first one here: what is made once it is needed (tables of names) is inherited, not made by each
     yield work(numbers[0])
     workers: list[_Worker] = []
+    schedule = _Schedule[Made](workers, numbers[1:], max_batch)
+    receiver = threading.Thread(target=schedule.receive, name="results", daemon=True)
     try:
         for _ in range(processes):
             workers.append(_fork(work, size_of, workers))
-        yield from _Schedule[Made](workers, numbers[1:], max_batch).results()
+        receiver.start()
+        yield from schedule.results()
     finally:
         for worker in workers:
-            worker.end()
+            # at once, even where it is stopped or hangs: what it has not sent is of no use
+            worker.process.kill()
+            worker.process.join()
+        schedule.close()
+        if receiver.ident is not None:
+            receiver.join()
+        for worker in workers:
+            worker.process.close()
+            worker.requests.close()
+            worker.results.close()
 
 
 @dataclass
@@ -93,17 +106,12 @@ class _Worker:
     results: Connection
     batches: deque[_Batch[Any]] = field(default_factory=deque)
 
-    def end(self) -> None:
-        # at once, even where it is stopped or hangs: what it has not sent is of no use
-        self.process.kill()
-        self.process.join()
-        self.process.close()
-        self.requests.close()
-        self.results.close()
-
 
 class _Schedule(Generic[Made]):
-    """Which process works on what, and what waits for the batches before it."""
+    """Which process works on what, and what waits for the batches before it.
+
+    A thread receives (`receive`), so that processes go on while the consumer of the results waits for a disk.
+    """
 
     def __init__(self, workers: list[_Worker], numbers: range, max_batch: int) -> None:
         self._workers = workers
@@ -111,68 +119,119 @@ class _Schedule(Generic[Made]):
         self._place = numbers.start
         self._max_batch = max_batch
         self._batch_size = min(_FIRST_BATCH, max_batch)
+        # the batches from the one on whose results are needed next, and all below, for both threads
+        self._changed = threading.Condition()
         self._pending: deque[_Batch[Made]] = deque()
         self._waiting_bytes = 0
+        self._failure: BaseException | None = None
+        self._lost: _Worker | None = None
+        self._is_closed = False
+
+    def close(self) -> None:
+        """End `receive`, once the processes have ended."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
 
     def results(self) -> Iterator[Made]:
-        self._assign()
-        while self._pending:
-            batch = self._pending[0]
-            while not batch.parts:
-                self._receive(batch)
-            (made, failure, is_last), num_bytes = batch.parts.popleft()
-            self._waiting_bytes -= num_bytes
-            if is_last:
-                self._pending.popleft()
-                # before they are used, so that no process waits meanwhile
-                self._assign()
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._has_news)
+                if not self._pending:
+                    return
+                batch = self._pending[0]
+                if not batch.parts:
+                    raise self._failure or _explain_loss(self._lost)
+                (made, failure, is_last), num_bytes = batch.parts.popleft()
+                self._waiting_bytes -= num_bytes
+                if is_last:
+                    self._pending.popleft()
+                    self._assign()
+                self._changed.notify_all()
             yield from made
             if failure is not None:
                 raise failure
 
+    def _has_news(self) -> bool:
+        has_ended = self._failure is not None or self._lost is not None
+        return has_ended or self._is_all_received() or bool(self._pending and self._pending[0].parts)
+
+    def _is_all_received(self) -> bool:
+        return self._place == self._numbers.stop and not any(worker.batches for worker in self._workers)
+
+    def receive(self) -> None:
+        """Give the processes batches and take their results, until all are here or a process has ended."""
+        try:
+            with self._changed:
+                self._assign()
+            while busy := self._wait_for_room():
+                by_results = {worker.results: worker for worker in busy}
+                for results in wait(list(by_results)):
+                    assert isinstance(results, Connection)
+                    self._take_from(by_results[results])
+        except BaseException as error:  # for whoever takes the results to raise
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+    def _wait_for_room(self) -> list[_Worker]:
+        """The processes that may send now: all at work, or that of the batch needed next where too much waits."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_stopped() or self._may_receive())
+            if self._has_stopped():
+                return []
+            return [self._pending[0].worker] if self._is_full() else [one for one in self._workers if one.batches]
+
+    def _has_stopped(self) -> bool:
+        return self._is_closed or self._lost is not None or self._is_all_received()
+
+    def _may_receive(self) -> bool:
+        if self._is_full():
+            return not self._pending[0].parts
+        return any(worker.batches for worker in self._workers)
+
+    def _is_full(self) -> bool:
+        return self._waiting_bytes > _MAX_WAITING_BYTES
+
+    def _take_from(self, worker: _Worker) -> None:
+        try:
+            message = worker.results.recv_bytes()
+        except (EOFError, OSError):
+            with self._changed:
+                self._lost = worker
+                self._changed.notify_all()
+            return
+        part: _Part[Made] = pickle.loads(message)
+        with self._changed:
+            batch = worker.batches[0]
+            batch.parts.append((part, len(message)))
+            batch.num_bytes += len(message)
+            self._waiting_bytes += len(message)
+            if part[-1]:
+                worker.batches.popleft()
+                fitting = max(_BATCH_BYTES * batch.size // batch.num_bytes, 1)
+                self._batch_size = min(1 << (fitting.bit_length() - 1), self._max_batch)
+            self._assign()
+            self._changed.notify_all()
+
     def _assign(self) -> None:
         """Give each process something to do, and something to go on with."""
-        while self._place < self._numbers.stop and len(self._pending) < (_BATCHES_AHEAD + 1) * len(self._workers):
+        while self._place < self._numbers.stop and len(self._pending) < _MAX_PENDING * len(self._workers):
             worker = min(self._workers, key=lambda worker: len(worker.batches))
             if len(worker.batches) >= _BATCHES_AHEAD:
                 return
             size = self._batch_size
             stop = min((self._place // size + 1) * size, self._numbers.stop)
-            batch: _Batch[Made] = _Batch(worker, stop - self._place)
             with suppress(BrokenPipeError):  # its death is the end of its results as well
                 worker.requests.send((self._place, stop))
+            batch: _Batch[Made] = _Batch(worker, stop - self._place)
             worker.batches.append(batch)
             self._pending.append(batch)
             self._place = stop
 
-    def _receive(self, needed: _Batch[Made]) -> None:
-        """Take what processes have sent; only of the batch that is needed, once too much waits already."""
-        is_full = self._waiting_bytes > _MAX_WAITING_BYTES
-        busy = [needed.worker] if is_full else [worker for worker in self._workers if worker.batches]
-        by_results = {worker.results: worker for worker in busy}
-        for results in wait(list(by_results)):
-            assert isinstance(results, Connection)
-            worker = by_results[results]
-            try:
-                message = results.recv_bytes()
-            except (EOFError, OSError) as error:
-                raise _lost(worker) from error
-            self._take(worker, message)
-        self._assign()
 
-    def _take(self, worker: _Worker, message: bytes) -> None:
-        batch = worker.batches[0]
-        part: _Part[Made] = pickle.loads(message)
-        batch.parts.append((part, len(message)))
-        batch.num_bytes += len(message)
-        self._waiting_bytes += len(message)
-        if part[-1]:
-            worker.batches.popleft()
-            fitting = max(_BATCH_BYTES * batch.size // batch.num_bytes, 1)
-            self._batch_size = min(1 << (fitting.bit_length() - 1), self._max_batch)
-
-
-def _lost(worker: _Worker) -> VlmError:
+def _explain_loss(worker: _Worker | None) -> VlmError:
+    assert worker is not None
     worker.process.join()
     code = worker.process.exitcode
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"

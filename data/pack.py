@@ -442,7 +442,7 @@ def _in_languages(captions: Captions, config: PackConfig) -> Captions:
 # of fewer pairs a process saves no more time than it takes to start, about 10 ms; to read words takes a sixth
 _MIN_PAIRS_OF_PROCESS = 1_000
 _MIN_TEXTS_OF_PROCESS = 4_000
-_TEXTS_AT_ONCE = 1_024
+_TEXTS_AT_ONCE = 256
 
 
 def _scan_columns(source: PairSource, config: PackConfig) -> JsonColumns:

@@ -8,6 +8,7 @@ from itertools import islice
 
 import pytest
 
+from vlm.data import forked_map
 from vlm.data.forked_map import can_fork, map_forked
 from vlm.errors import BadSample, VlmError
 
@@ -36,6 +37,25 @@ def test_large_results_come_one_by_one_and_in_order():
     sizes = [(number * 7 % 5) << 20 for number in range(70)]
     made = results_of(lambda number: bytes(sizes[number]), range(70))
     assert list(map(len, made)) == sizes
+
+
+def test_results_that_are_not_taken_wait(monkeypatch):
+    """Far more than may wait, and a consumer that begins late: nothing is lost, and nothing hangs."""
+    monkeypatch.setattr(forked_map, "_MAX_WAITING_BYTES", 1 << 18)
+    results = results_of(lambda number: bytes(1 << 14) + bytes([number % 251]), range(600))
+    made = [next(results)]
+    time.sleep(0.5)
+    made += results
+    assert [result[-1] for result in made] == [number % 251 for number in range(600)]
+
+
+def test_more_batches_than_may_wait_come_in_order(monkeypatch):
+    monkeypatch.setattr(forked_map, "_MAX_PENDING", 2)
+    made = []
+    for result in map_forked(lambda number: number, range(200), processes=2, size_of=lambda _: 0, max_batch=1):
+        time.sleep(0.001)
+        made.append(result)
+    assert made == list(range(200))
 
 
 def test_a_slow_number_holds_back_those_after_it_alone():
