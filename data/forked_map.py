@@ -31,7 +31,7 @@ _BATCH_BYTES = 1 << 20
 _BATCHES_AHEAD = 2
 # of results that wait to be used, and batches of each process; a process whose results are not taken waits
 _MAX_WAITING_BYTES = 64 << 20
-_MAX_PENDING = 16
+_MAX_PENDING = 8
 # the most that Linux lets a user have; of 64 KiB a process would be woken sixteen times for a batch
 _PIPE_BYTES = 1 << 20
 
