@@ -12,6 +12,7 @@ import json
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing_extensions import override
 from vlm.errors import UsageError, VlmError
 from vlm.files import compute_fingerprint, write_bytes, write_text
 from vlm.model_spec import locate_weights
+from vlm.tensor_types import Array, Int64
 
 DESCRIPTION = "vlm_tokenizer.json"
 CLIP_CONTEXT_LENGTH = 77
@@ -442,16 +444,31 @@ def cut_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
     return cut
 
 
-def trim_tokens(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """Rows of ids [..., L] cut to the longest of them, rounded up to a multiple of 8, so that few widths occur.
+@dataclass(frozen=True, kw_only=True)
+class Padding:
+    """What rows of ids are filled with. is_end: it is the end token, so each row has to keep one."""
 
-    Where padding is the end token itself, one is kept.
-    """
-    used = np.flatnonzero((tokens != tokenizer.pad_token).reshape(-1, tokens.shape[-1]).any(axis=0))
-    longest = int(used[-1]) + 1 if len(used) else 1
-    if tokenizer.pad_token == tokenizer.end_token:
-        longest += 1
-    return tokens[..., : -(-longest // _WIDTH_STEP) * _WIDTH_STEP]
+    token: int
+    is_end: bool
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Padding":
+        """The padding of a tokenizer."""
+        return cls(token=tokenizer.pad_token, is_end=tokenizer.pad_token == tokenizer.end_token)
+
+
+def trim_tokens(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Rows of ids [..., L] cut to the longest of them, rounded up to a multiple of 8."""
+    widths = text_widths(tokens.reshape(-1, tokens.shape[-1]), Padding.of(tokenizer))
+    return tokens[..., : widths.max(initial=_WIDTH_STEP)]
+
+
+def text_widths(tokens: Int64[Array, "T L"], padding: Padding) -> Int64[Array, " T"]:
+    """How many positions of each row are enough: up to its last token, rounded up so that few widths occur."""
+    used = tokens != padding.token
+    lengths = np.where(used.any(axis=1), tokens.shape[1] - used[:, ::-1].argmax(axis=1), 1)
+    lengths += padding.is_end
+    return np.minimum(-(-lengths // _WIDTH_STEP) * _WIDTH_STEP, tokens.shape[1])
 
 
 def _pad_rows(texts: Iterable[list[int]], tokenizer: Tokenizer) -> np.ndarray:

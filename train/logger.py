@@ -37,7 +37,7 @@ from vlm.train.recovery import SkippedRange, skipped_sample_blocks
 from vlm.train.run_config import TrainConfig
 from vlm.train.run_setup import Session
 from vlm.train.step import StepResult
-from vlm.train.task import example_inputs
+from vlm.train.task import example_inputs, length_groups
 
 logger = logging.getLogger(__name__)
 
@@ -358,7 +358,7 @@ class RunLogger:
         flops = 0.0
         for batch in batches:
             num_samples += len(batch.keys)
-            flops += self._session.flops.of(self._inputs_shaped_like(batch)) * len(batch.keys) / _ROWS
+            flops += self._flops_of(batch)
         self._timer.tick(decoded=num_samples, flops=flops)
         self._session.state.window.add(result.losses | {"gradient_norm": result.gradient_norm})
         self._progress.step()
@@ -426,6 +426,15 @@ class RunLogger:
             done=session.state.step,
             peak=self.utilisation.peak,
         )
+
+    def _flops_of(self, batch: TrainingBatch) -> float:
+        inputs, padding = self._inputs_shaped_like(batch), self._session.state.task.padding
+        if padding is None:
+            return self._session.flops.of(inputs) * len(batch.keys) / _ROWS
+        flops = 0.0
+        for rows, width in length_groups(batch.tokens.numpy(), padding):
+            flops += self._session.flops.of(inputs | {"tokens": inputs["tokens"][:, :width]}) * len(rows) / _ROWS
+        return flops
 
     def _inputs_shaped_like(self, batch: TrainingBatch) -> Inputs:
         """Inputs of a few samples, as long and as large as those of a batch, to count FLOPs with."""

@@ -475,7 +475,9 @@ def open_task(
         keep_locked_features(model.network, config.model.locked_features_gb)
     # after locking, before the optimizer sees the parameters: it replaces modules, not weights
     use_per_sample_dropout(model.network, noise)
-    return build_task(model, terms, options)
+    # FSDP's processes take part in each pass of a tower, so all need the same number
+    by_length = model.trims_padding and model.device.type == "cpu" and config.sharding != "fsdp"
+    return build_task(model, terms, options, by_length=by_length)
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:

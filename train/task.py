@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from accelerate.utils import convert_to_fp32
 from torch import nn
@@ -20,13 +21,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlm.config import lookup
 from vlm.data.precomputed_features import IMAGE_FEATURE, TEXT_FEATURE
+from vlm.data.tokenizers import Padding, text_widths
 from vlm.errors import UsageError
 from vlm.models.coca import can_caption_in_parallel, parallel_logits
 from vlm.models.model import VisionLanguageModel, is_captioner, longest_sequence
 from vlm.models.network import Network
 from vlm.models.patch_features import ImageTowerOutput, encode_crops, run_image_tower, supports_patch_features
 from vlm.models.towers.tower import batch_norm_layers, freeze_batch_norm
-from vlm.tensor_types import Bool, Float, Int64, Tensor
+from vlm.tensor_types import Array, Bool, Float, Int64, Tensor
 from vlm.train.objectives.captioning import CAPPA, CAPTION, MASK_EMBEDDING, choose_parallel_captions
 from vlm.train.objectives.classification import CLASS_HEAD, CLASSIFY
 from vlm.train.objectives.contrastive import CLIP, DCL, RANKING, SIGLIP, WEIGHTED_DCL
@@ -68,6 +70,7 @@ ALIASES: dict[str, str] = {
 FORMER_NAMES: dict[str, str] = {"sub_captions": "joint_sub_captions", "grouping": "sparc"}
 """What two terms computed before 2026-11-29 is computed by these since; their names went to DreamLIP's own forms."""
 
+_MAX_LENGTH_GROUPS = 16
 _SUMMAND = re.compile(r"(?:(?P<weight>[0-9.eE+-]+)\s*\*\s*)?(?P<name>[a-z][a-z0-9_-]*)")
 
 
@@ -121,12 +124,23 @@ def parse_objective(expression: str) -> tuple[WeightedLossTerm, ...]:
 
 
 class TrainingTask(nn.Module):
-    """The network and its heads; `forward` maps inputs to outputs, both by name (`vlm.train.objectives.loss_term`)."""
+    """The network and its heads; `forward` maps inputs to outputs, both by name (`vlm.train.objectives.loss_term`).
+
+    padding: of captions, which go through their tower in groups of like length; None: all of them at once.
+    """
 
     def __init__(
-        self, network: Network, heads: Heads, outputs: Sequence[str], options: LossOptions, *, image_size: int
+        self,
+        network: Network,
+        heads: Heads,
+        outputs: Sequence[str],
+        options: LossOptions,
+        *,
+        image_size: int,
+        padding: Padding | None = None,
     ) -> None:
         super().__init__()
+        self.padding = padding
         self.network = network
         self.heads = nn.ModuleDict(heads)
         self.options = options
@@ -198,7 +212,11 @@ class ForwardContext:
             return text.project(self.inputs["text_embedding"]), None
         if is_captioner(self.network):
             return cast(tuple[Tensor, Tensor], self.network.get_submodule("text")(self.inputs["tokens"]))
-        return self.encode_text(self.inputs["tokens"]), None
+        tokens = self.inputs["tokens"]
+        # not on the device without data on which FLOPs are counted
+        if self.task.padding is not None and tokens.device.type == "cpu":
+            return encode_by_length(self.network, tokens, self.task.padding), None
+        return self.encode_text(tokens), None
 
     @cached_property
     def local_features(self) -> Float[Tensor, "B V D"]:
@@ -210,6 +228,31 @@ class ForwardContext:
     def encode_text(self, tokens: Int64[Tensor, "T L"]) -> Float[Tensor, "T D"]:
         """Embeddings of other texts than the captions."""
         return self.network.encode_text(tokens)
+
+
+def length_groups(tokens: Int64[Array, "T L"], padding: Padding) -> list[tuple[Int64[Array, " N"], int]]:
+    """Rows of like length, as their numbers and the width they may be cut to, the shortest first; each row is in one.
+
+    A group of less than a sixteenth of the rows joins the next, since each costs a pass of its own.
+    """
+    widths = text_widths(tokens, padding)
+    rows = np.argsort(widths, kind="stable")
+    groups: list[tuple[Array, int]] = []
+    first = 0
+    for width in np.unique(widths):
+        end = int((widths <= width).sum())
+        if end - first >= len(rows) / _MAX_LENGTH_GROUPS or end == len(rows):
+            groups.append((rows[first:end], int(width)))
+            first = end
+    return groups
+
+
+def encode_by_length(network: Network, tokens: Int64[Tensor, "T L"], padding: Padding) -> Float[Tensor, "T D"]:
+    """Embeddings of texts, those of like length together, so that little work goes into padding."""
+    groups = length_groups(tokens.numpy(), padding)
+    parts = [network.encode_text(tokens[rows, :width]) for rows, width in groups]
+    order = torch.from_numpy(np.concatenate([rows for rows, _ in groups]))
+    return torch.cat(parts)[order.argsort()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,7 +409,9 @@ def takes_embeddings(network: nn.Module) -> bool:
     return bool(getattr(getattr(network, "text", None), "takes_embeddings", False))
 
 
-def build_task(model: VisionLanguageModel, terms: Sequence[WeightedLossTerm], options: LossOptions) -> TrainingTask:
+def build_task(
+    model: VisionLanguageModel, terms: Sequence[WeightedLossTerm], options: LossOptions, *, by_length: bool = False
+) -> TrainingTask:
     """The task of a sum of terms, on the model's device, with fresh heads drawn from torch's global generator.
 
     Weights that no term reads (a decoder that writes no captions, an unused temperature) are frozen, since nothing
@@ -382,7 +427,14 @@ def build_task(model: VisionLanguageModel, terms: Sequence[WeightedLossTerm], op
     # SigLIP's bias, which open_clip's networks have only where their configuration sets init_logit_bias
     if "logit_bias" in outputs and getattr(model.network, "logit_bias", None) is None:
         model.network.register_parameter("logit_bias", nn.Parameter(torch.zeros((), device=model.device)))
-    task = TrainingTask(model.network, heads, outputs, options, image_size=model.view.size).to(model.device)
+    task = TrainingTask(
+        model.network,
+        heads,
+        outputs,
+        options,
+        image_size=model.view.size,
+        padding=Padding.of(model.tokenizer) if by_length else None,
+    ).to(model.device)
     freeze_unused_parameters(task, example_inputs(model, task, options), outputs)
     return task
 
