@@ -358,7 +358,7 @@ class RunLogger:
         flops = 0.0
         for batch in batches:
             num_samples += len(batch.keys)
-            flops += self._flops_of(batch)
+            flops += self.flops_of(batch)
         self._timer.tick(decoded=num_samples, flops=flops)
         self._session.state.window.add(result.losses | {"gradient_norm": result.gradient_norm})
         self._progress.step()
@@ -427,7 +427,8 @@ class RunLogger:
             peak=self.utilisation.peak,
         )
 
-    def _flops_of(self, batch: TrainingBatch) -> float:
+    def flops_of(self, batch: TrainingBatch) -> float:
+        """FLOPs, forward and backward, of a batch, with each group of like length as long as it is; nan if unknown."""
         inputs, padding = self._inputs_shaped_like(batch), self._session.state.task.padding
         if padding is None:
             return self._session.flops.of(inputs) * len(batch.keys) / _ROWS

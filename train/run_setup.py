@@ -497,13 +497,15 @@ def parallelize_task(accelerator: Accelerator, task: TrainingTask, config: Train
     if config.model.compile:
         # in place, so that the names in state_dict stay without a prefix
         task.compile()
-    elif accelerator.device.type == "cpu" and config.precision == "fp32":
+    elif accelerator.device.type == "cpu":
         attend_without_copies(task)
     if config.sharding == "fsdp":
         apply_fsdp(task, accelerator.device, is_bf16=config.precision == "bf16")
         return task
     if config.precision == "bf16":
-        compute_in_bfloat16(task, accelerator.device, recomputes=config.model.gradient_checkpointing)
+        compute_in_bfloat16(
+            task, accelerator.device, is_retraced=config.model.gradient_checkpointing or config.model.compile
+        )
     return accelerator.prepare_model(task)
 
 

@@ -18,6 +18,8 @@ from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from vlm.config import lookup
 from vlm.data.precomputed_features import IMAGE_FEATURE, TEXT_FEATURE
@@ -575,20 +577,91 @@ def _trainable_parameters(module: nn.Module) -> set[Tensor]:
     return {parameter for parameter in module.parameters() if parameter.requires_grad}
 
 
-def compute_in_bfloat16(task: TrainingTask, device: torch.device, *, recomputes: bool) -> None:
-    """Let the task compute in bfloat16 where torch holds that to be safe, with outputs in single precision."""
+def compute_in_bfloat16(task: TrainingTask, device: torch.device, *, is_retraced: bool) -> None:
+    """Let the task compute in bfloat16 where torch holds that to be safe, with outputs in single precision.
+
+    is_retraced: its operations are recorded to be compiled or computed again, without what is around the forward pass.
+    """
     forward = task.forward
-    # of short sequences on a CPU plain attention is the quicker; what is computed again is outside of the context
-    is_plain = device.type == "cpu" and not recomputes and longest_sequence(task.network) <= 128
+    # of longer sequences all scores would take too much memory
+    is_plain = device.type == "cpu" and not is_retraced and longest_sequence(task.network) <= 128
 
     def autocast_forward(inputs: Inputs, outputs: frozenset[str] | None = None) -> Outputs:
-        attention = sdpa_kernel(SDPBackend.MATH) if is_plain else contextlib.nullcontext()
-        with torch.autocast(device.type, dtype=torch.bfloat16), attention:
+        with contextlib.ExitStack() as contexts:
+            contexts.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
+            if is_plain:
+                contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
+                contexts.enter_context(PlainAttention())
             computed = forward(inputs, outputs)
         return cast(Outputs, convert_to_fp32(computed))
 
     # on the instance, inside of what DDP wraps
     task.forward = autocast_forward
+
+
+class PlainAttention(TorchFunctionMode):
+    """Inside of it, attention in bfloat16 on a CPU is two batched products with a softmax in single precision between.
+
+    torch's own plain kernel computes all of it in single precision, and its fused one has a slow backward pass: they
+    take two and three times as long for 50 tokens. Attention with dropout, or with a mask for each row, is torch's.
+    """
+
+    @override
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and _can_attend_by_products(*args, **kwargs):
+            return _attend_by_products(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _can_attend_by_products(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **options: Any
+) -> bool:
+    is_plain = not dropout_p and not options.get("enable_gqa", False)
+    # a row of another mask may leave nothing to attend to, for which torch's softmax has a rule
+    is_causal = attn_mask is None or (attn_mask.ndim == 2 and attn_mask.is_floating_point())
+    return is_plain and is_causal and query.ndim == 4 and query.dtype == key.dtype == value.dtype == torch.bfloat16
+
+
+def _attend_by_products(
+    query: Float[Tensor, "B H L D"],
+    key: Float[Tensor, "B H S D"],
+    value: Float[Tensor, "B H S E"],
+    attn_mask: Float[Tensor, "L S"] | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **_: Any,
+) -> Float[Tensor, "B H L E"]:
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = _Scores.apply(query.flatten(0, 1), key.flatten(0, 1), factor)
+    if is_causal:
+        attn_mask = torch.full_like(scores[0], -torch.inf).triu(1)
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    shares = scores.softmax(dim=-1).to(value.dtype)
+    return torch.bmm(shares, value.flatten(0, 1)).unflatten(0, query.shape[:2])
+
+
+class _Scores(torch.autograd.Function):
+    """Products of queries and keys in single precision: large ones, rounded, would change what is attended to."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Float[Tensor, "N L D"], keys: Float[Tensor, "N S D"], factor: float
+    ) -> Float[Tensor, "N L S"]:
+        ctx.save_for_backward(queries, keys)
+        ctx.factor = factor
+        with torch.autocast("cpu", enabled=False):
+            return torch.bmm(queries.float() * factor, keys.float().transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Float[Tensor, "N L S"]) -> tuple[Tensor, Tensor, None]:
+        queries, keys = ctx.saved_tensors
+        gradient = (gradients[0] * ctx.factor).to(queries.dtype)
+        return torch.bmm(gradient, keys), torch.bmm(gradient.transpose(1, 2), queries), None
 
 
 def attend_without_copies(task: nn.Module) -> None:

@@ -7,7 +7,10 @@ import pytest
 
 from vlm.data.synthetic.shapes import SHAPES
 from vlm.errors import UsageError
+from vlm.models.model import normalise
+from vlm.train.logger import RunLogger
 from vlm.train.run import train
+from vlm.train.run_setup import open_session
 from vlm.train.task import LOSS_TERMS
 
 CAPTIONER = {"architecture": "micro-coca"}
@@ -121,6 +124,25 @@ def test_trimmed_texts_train_as_whole_ones(configure, history):
         train(config)
     trim_tokens, whole = (history(config.run) for config in runs)
     assert [loss for _, loss, _ in trim_tokens] == pytest.approx([loss for _, loss, _ in whole], rel=1e-5)
+
+
+def test_flops_are_those_of_rows_of_like_length(configure):
+    def flops(name, **loader):
+        session = open_session(configure(name, steps=1, model={"architecture": "small"}, loader=loader), resume=False)
+        batch = next(session.open_batches())[0]
+        padding, session.state.task.padding = session.state.task.padding, None
+        inputs = {"pixels": normalise(batch.images, session.state.model.view), "tokens": batch.tokens}
+        whole = session.flops.of(inputs)
+        session.state.task.padding = padding
+        with RunLogger(session) as logger:
+            return logger.flops_of(batch), whole, padding
+
+    counted, whole, padding = flops("grouped")
+    assert padding is not None
+    assert 0.5 * whole < counted < whole
+    counted, whole, padding = flops("padded", trim_text=False)
+    assert padding is None
+    assert counted == pytest.approx(whole, rel=1e-9)
 
 
 def test_parts_of_trimmed_texts_train_as_the_whole_batch(configure, history):
