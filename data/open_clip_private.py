@@ -9,10 +9,11 @@ from open_clip.model import _build_text_tower as build_text_tower
 from open_clip.model import _build_vision_tower as build_vision_tower
 from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer
-from open_clip.transformer import TextTransformer, VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
 
 __all__ = [
     "HFTokenizer",
+    "ResidualAttentionBlock",
     "TextTransformer",
     "TimmModel",
     "VisionTransformer",

@@ -48,6 +48,7 @@ from vlm.models.model import VisionLanguageModel, build_network, enable_padding_
 from vlm.models.towers.tower import batch_norm_layers
 from vlm.models.towers.tower_registry import initial_preprocess, set_dropout
 from vlm.models.variants import with_image_size
+from vlm.train.attention import save_attention_work
 from vlm.train.averaging import EMA
 from vlm.train.checkpoint.manager import RemoteCheckpointStore, restore_newest
 from vlm.train.distributed import apply_fsdp, no_gradient_sync
@@ -74,7 +75,6 @@ from vlm.train.task import (
     FORMER_NAMES,
     TrainingTask,
     WeightedLossTerm,
-    attend_without_copies,
     build_task,
     compute_in_bfloat16,
     lock_tower,
@@ -477,7 +477,10 @@ def open_task(
     use_per_sample_dropout(model.network, noise)
     # FSDP's processes take part in each pass of a tower, so all need the same number
     by_length = model.trims_padding and model.device.type == "cpu" and config.sharding != "fsdp"
-    return build_task(model, terms, options, by_length=by_length)
+    task = build_task(model, terms, options, by_length=by_length)
+    if any(isinstance(module, nn.MultiheadAttention) for module in task.modules()):
+        save_attention_work(task.network, config.model, model.device, reads_patches=task.needs_patches)
+    return task
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -497,15 +500,12 @@ def parallelize_task(accelerator: Accelerator, task: TrainingTask, config: Train
     if config.model.compile:
         # in place, so that the names in state_dict stay without a prefix
         task.compile()
-    elif accelerator.device.type == "cpu":
-        attend_without_copies(task)
     if config.sharding == "fsdp":
         apply_fsdp(task, accelerator.device, is_bf16=config.precision == "bf16")
         return task
     if config.precision == "bf16":
-        compute_in_bfloat16(
-            task, accelerator.device, is_retraced=config.model.gradient_checkpointing or config.model.compile
-        )
+        is_retraced = config.model.gradient_checkpointing or config.model.compile
+        compute_in_bfloat16(task, accelerator.device, is_retraced=is_retraced)
     return accelerator.prepare_model(task)
 
 

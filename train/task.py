@@ -9,7 +9,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -18,8 +18,6 @@ from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-from typing_extensions import override
 
 from vlm.config import lookup
 from vlm.data.precomputed_features import IMAGE_FEATURE, TEXT_FEATURE
@@ -31,6 +29,7 @@ from vlm.models.network import Network
 from vlm.models.patch_features import ImageTowerOutput, encode_crops, run_image_tower, supports_patch_features
 from vlm.models.towers.tower import batch_norm_layers, freeze_batch_norm
 from vlm.tensor_types import Array, Bool, Float, Int64, Tensor
+from vlm.train.attention import PlainAttention
 from vlm.train.objectives.captioning import CAPPA, CAPTION, MASK_EMBEDDING, choose_parallel_captions
 from vlm.train.objectives.classification import CLASS_HEAD, CLASSIFY
 from vlm.train.objectives.contrastive import CLIP, DCL, RANKING, SIGLIP, WEIGHTED_DCL
@@ -597,113 +596,3 @@ def compute_in_bfloat16(task: TrainingTask, device: torch.device, *, is_retraced
 
     # on the instance, inside of what DDP wraps
     task.forward = autocast_forward
-
-
-class PlainAttention(TorchFunctionMode):
-    """Inside of it, attention in bfloat16 on a CPU is two batched products with a softmax in single precision between.
-
-    torch's own plain kernel computes all of it in single precision, and its fused one has a slow backward pass: they
-    take two and three times as long for 50 tokens. Attention with dropout, or with a mask for each row, is torch's.
-    """
-
-    @override
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and _can_attend_by_products(*args, **kwargs):
-            return _attend_by_products(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _can_attend_by_products(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **options: Any
-) -> bool:
-    is_plain = not dropout_p and not options.get("enable_gqa", False)
-    # a row of another mask may leave nothing to attend to, for which torch's softmax has a rule
-    is_causal = attn_mask is None or (attn_mask.ndim == 2 and attn_mask.is_floating_point())
-    return is_plain and is_causal and query.ndim == 4 and query.dtype == key.dtype == value.dtype == torch.bfloat16
-
-
-def _attend_by_products(
-    query: Float[Tensor, "B H L D"],
-    key: Float[Tensor, "B H S D"],
-    value: Float[Tensor, "B H S E"],
-    attn_mask: Float[Tensor, "L S"] | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    **_: Any,
-) -> Float[Tensor, "B H L E"]:
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = _Scores.apply(query.flatten(0, 1), key.flatten(0, 1), factor)
-    if is_causal:
-        attn_mask = torch.full_like(scores[0], -torch.inf).triu(1)
-    if attn_mask is not None:
-        scores = scores + attn_mask
-    shares = scores.softmax(dim=-1).to(value.dtype)
-    return torch.bmm(shares, value.flatten(0, 1)).unflatten(0, query.shape[:2])
-
-
-class _Scores(torch.autograd.Function):
-    """Products of queries and keys in single precision: large ones, rounded, would change what is attended to."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, queries: Float[Tensor, "N L D"], keys: Float[Tensor, "N S D"], factor: float
-    ) -> Float[Tensor, "N L S"]:
-        ctx.save_for_backward(queries, keys)
-        ctx.factor = factor
-        with torch.autocast("cpu", enabled=False):
-            return torch.bmm(queries.float() * factor, keys.float().transpose(1, 2))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Float[Tensor, "N L S"]) -> tuple[Tensor, Tensor, None]:
-        queries, keys = ctx.saved_tensors
-        gradient = (gradients[0] * ctx.factor).to(queries.dtype)
-        return torch.bmm(gradient, keys), torch.bmm(gradient.transpose(1, 2), queries), None
-
-
-def attend_without_copies(task: nn.Module) -> None:
-    """Let torch's self-attention read queries, keys and values where the one projection of all three wrote them.
-
-    nn.MultiheadAttention copies them first; in the backward pass each of the three gradients is written into zeros of
-    three times its size, and these are added. In float32 on a CPU that is a tenth of the layer's time; the bits are the
-    same. bfloat16 gains nothing, since plain attention copies too.
-    """
-    for module in task.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            module.forward = partial(_attend, module, module.forward)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _attend(
-    module: nn.MultiheadAttention,
-    attend: Callable[..., tuple[Tensor, Tensor | None]],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Self-attention [B, L, D] of a training pass; anything else by `attend`, the module's own forward pass."""
-    is_self = query is key and key is value and query.ndim == 3
-    is_known_mask = attn_mask is None or (attn_mask.ndim == 2 and attn_mask.dtype == query.dtype)
-    is_plain_call = is_self and is_known_mask and key_padding_mask is None and not need_weights and not options
-    if not (module.training and is_plain_call and _is_plain(module)):
-        return attend(query, key, value, key_padding_mask, need_weights, attn_mask, **options)
-    size, length, width = query.shape
-    # position by position, which is the order in which the module sums
-    projected = F.linear(query.transpose(0, 1), module.in_proj_weight, module.in_proj_bias)
-    by_head = projected.view(length, size, 3, module.num_heads, module.head_dim).permute(2, 1, 3, 0, 4)
-    queries, keys, values = by_head.unbind(0)
-    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask)
-    joined = attended.permute(2, 0, 1, 3).reshape(length * size, width)
-    output = F.linear(joined, module.out_proj.weight, module.out_proj.bias)
-    return output.view(length, size, width).transpose(0, 1), None
-
-
-def _is_plain(module: nn.MultiheadAttention) -> bool:
-    has_other_keys = module.bias_k is not None or module.add_zero_attn or module.in_proj_weight is None
-    return module.batch_first and not module.dropout and not has_other_keys

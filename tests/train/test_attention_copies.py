@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from vlm.train import run_setup
+from vlm.train import attention as attention_layers
+from vlm.train.attention import attend_without_copies
 from vlm.train.run_setup import open_session
 from vlm.train.step import compute_gradients
-from vlm.train.task import attend_without_copies
 
 SIZE, LENGTH, WIDTH = 5, 7, 24
 
@@ -87,7 +87,7 @@ def test_a_run_on_a_cpu_has_the_gradients_of_torchs_own(configure, monkeypatch):
 
     replaced, result, found = gradients("ours")
     assert replaced
-    monkeypatch.setattr(run_setup, "attend_without_copies", lambda task: None)
+    monkeypatch.setattr(attention_layers, "attend_without_copies", lambda network: None)
     replaced, wanted_result, wanted = gradients("torch")
     assert not replaced
     assert result == wanted_result

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlm.train.task import PlainAttention
+from vlm.train.attention import PlainAttention
 
 LENGTH = 7
 CAUSAL = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)
