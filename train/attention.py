@@ -179,11 +179,11 @@ class PooledPositions:
 def _shorten_last_block(tower: Any, pooled: PooledPositions | None) -> bool:
     from vlm.data.open_clip_private import ResidualAttentionBlock
 
-    block: Any = tower.transformer.resblocks[-1]
+    block = tower.transformer.resblocks[-1]
     is_known = type(block) is ResidualAttentionBlock and type(block.attn) is nn.MultiheadAttention
     if not is_known or tower.output_tokens or not tower.transformer.batch_first:
         return False
-    block.forward = partial(_forward_pooled, block, pooled)
+    block.forward = partial(_forward_pooled, block, pooled)  # pyright: ignore[reportAttributeAccessIssue]
     if pooled is not None:
         tower.register_forward_pre_hook(pooled.read)
     return True
