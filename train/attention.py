@@ -209,8 +209,8 @@ def _forward_pooled(
         attn_mask = _rows_of_mask(attn_mask, pooled.rows, block.attn.num_heads)
     residual = residual + block.ls_1(block.attention(queries, normed, normed, attn_mask=attn_mask))
     residual = residual + block.ls_2(block.mlp(block.ln_2(residual)))
-    # of the L places the tower picks the pooled one
-    return residual if pooled is None else residual.expand(-1, tokens.shape[1], -1)
+    # of the L places the tower picks the pooled one; no view, whose gradient FSDP could lose
+    return residual if pooled is None else residual.expand(-1, tokens.shape[1], -1).contiguous()
 
 
 def _rows_of_mask(mask: Tensor | None, rows: Int64[Tensor, " B"], heads: int) -> Float[Tensor, "N 1 L"] | None:

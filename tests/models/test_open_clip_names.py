@@ -19,6 +19,7 @@ SOURCES = [
 # classes whose attributes are read, a wrapper of tokenizers, and what builds a tower without a network
 PRIVATE = {
     "HFTokenizer",
+    "ResidualAttentionBlock",
     "TextTransformer",
     "TimmModel",
     "VisionTransformer",
