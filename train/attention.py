@@ -17,10 +17,10 @@ from vlm.tensor_types import Float, Int64, Tensor
 from vlm.train.run_config import ModelConfig
 
 
-def save_attention_work(
+def reduce_attention_work(
     network: nn.Module, settings: ModelConfig, device: torch.device, *, reads_patches: bool
 ) -> None:
-    """Let the attention layers of a network to be trained do what its settings and the device allow of this module."""
+    """Change a network that is to be trained in the ways below that its settings and the device allow."""
     if settings.compile:
         return
     if device.type == "cpu":
@@ -99,7 +99,7 @@ def attend_without_copies(network: nn.Module) -> None:
 
     nn.MultiheadAttention copies them first; in the backward pass each of the three gradients is written into zeros of
     three times its size, and these are added. In float32 on a CPU that is a tenth of the layer's time; the bits are the
-    same. bfloat16 gains nothing, since plain attention copies too.
+    same.
     """
     for module in network.modules():
         if isinstance(module, nn.MultiheadAttention):

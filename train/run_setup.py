@@ -48,7 +48,7 @@ from vlm.models.model import VisionLanguageModel, build_network, enable_padding_
 from vlm.models.towers.tower import batch_norm_layers
 from vlm.models.towers.tower_registry import initial_preprocess, set_dropout
 from vlm.models.variants import with_image_size
-from vlm.train.attention import save_attention_work
+from vlm.train.attention import reduce_attention_work
 from vlm.train.averaging import EMA
 from vlm.train.checkpoint.manager import RemoteCheckpointStore, restore_newest
 from vlm.train.distributed import apply_fsdp, no_gradient_sync
@@ -479,7 +479,7 @@ def open_task(
     by_length = model.trims_padding and model.device.type == "cpu" and config.sharding != "fsdp"
     task = build_task(model, terms, options, by_length=by_length)
     if any(isinstance(module, nn.MultiheadAttention) for module in task.modules()):
-        save_attention_work(task.network, config.model, model.device, reads_patches=task.needs_patches)
+        reduce_attention_work(task.network, config.model, model.device, reads_patches=task.needs_patches)
     return task
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlm.models.model import build_network, model_config
-from vlm.train.attention import compute_pooled_positions, save_attention_work
+from vlm.train.attention import compute_pooled_positions, reduce_attention_work
 from vlm.train.run_config import ModelConfig
 from vlm.train.run_setup import open_session
 
@@ -106,7 +106,7 @@ def test_an_image_tower_whose_patches_are_read_stays_whole():
 @pytest.mark.parametrize("settings", [{"compile": True}, {"gradient_checkpointing": True}])
 def test_blocks_that_run_outside_of_their_tower_stay_whole(settings):
     network = network_of()
-    save_attention_work(network, ModelConfig(**settings), torch.device("cuda"), reads_patches=False)
+    reduce_attention_work(network, ModelConfig(**settings), torch.device("cuda"), reads_patches=False)
     assert not any("forward" in vars(module) for module in network.modules())
 
 
