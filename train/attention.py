@@ -52,7 +52,9 @@ def _can_attend_by_products(
     is_plain = not dropout_p and not options.get("enable_gqa", False)
     # a row of another mask may leave nothing to attend to, for which torch's softmax has a rule
     is_causal = attn_mask is None or (attn_mask.ndim == 2 and attn_mask.is_floating_point())
-    return is_plain and is_causal and query.ndim == 4 and query.dtype == key.dtype == value.dtype == torch.bfloat16
+    # some towers have one head of keys and values for all queries, which torch repeats
+    has_same_heads = query.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    return is_plain and is_causal and has_same_heads and query.dtype == key.dtype == value.dtype == torch.bfloat16
 
 
 def _attend_by_products(

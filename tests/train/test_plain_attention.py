@@ -65,3 +65,13 @@ def test_single_precision_is_torchs():
     wanted = F.scaled_dot_product_attention(*rows)
     with PlainAttention():
         assert torch.equal(F.scaled_dot_product_attention(*rows), wanted)
+
+
+def test_one_head_of_keys_for_all_queries_is_torchs():
+    query, key, value = heads()
+    # as MobileNetV4's multi-query attention calls it
+    rows = query, key[:, :1], value[:, :1]
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = F.scaled_dot_product_attention(*rows)
+        with PlainAttention():
+            assert torch.equal(F.scaled_dot_product_attention(*rows), wanted)
