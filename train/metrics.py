@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlm.console import format_duration, progress
+from vlm.data.tokenizers import Padding
 from vlm.models.dropout import PerSampleNoise
 from vlm.tensor_types import Tensor
 from vlm.train.distributed import gather_objects
@@ -126,7 +127,10 @@ def _copy(network: nn.Module, device: torch.device) -> nn.Module:
             moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = moved
     with _gradients_removed(network):
-        copied = copy.deepcopy(network, memo)
+        copied: Any = copy.deepcopy(network, memo)
+    # rows count as wide as they are given, whatever of them is padding
+    if isinstance(getattr(copied, "padding", None), Padding):
+        copied.padding = None
     for module in copied.modules():
         # recomputation is not useful work, see the docstring of FlopCounter
         for name in _CHECKPOINTING_FLAGS:

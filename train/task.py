@@ -428,14 +428,10 @@ def build_task(
     # SigLIP's bias, which open_clip's networks have only where their configuration sets init_logit_bias
     if "logit_bias" in outputs and getattr(model.network, "logit_bias", None) is None:
         model.network.register_parameter("logit_bias", nn.Parameter(torch.zeros((), device=model.device)))
-    task = TrainingTask(
-        model.network,
-        heads,
-        outputs,
-        options,
-        image_size=model.view.size,
-        padding=Padding.of(model.tokenizer) if by_length else None,
-    ).to(model.device)
+    # a captioner's decoder goes on from the states of the whole rows
+    padding = Padding.of(model.tokenizer) if by_length and not is_captioner(model.network) else None
+    task = TrainingTask(model.network, heads, outputs, options, image_size=model.view.size, padding=padding)
+    task.to(model.device)
     freeze_unused_parameters(task, example_inputs(model, task, options), outputs)
     return task
 

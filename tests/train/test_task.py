@@ -13,6 +13,7 @@ from vlm.data.tokenizers import Padding, open_tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.models.model import VisionLanguageModel, build_network, enable_padding_trim, model_config
+from vlm.train.metrics import FlopCounter
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, LossOptions
 from vlm.train.run_config import ObjectiveConfig
 from vlm.train.task import LOSS_TERMS, OUTPUT_HEADS, TrainingTask, build_task, length_groups, parse_objective
@@ -289,3 +290,28 @@ def test_texts_by_length_have_the_gradient_of_whole_rows(name):
     assert whole.keys() == grouped.keys()
     for key, gradient in whole.items():
         torch.testing.assert_close(grouped[key], gradient, rtol=1e-9, atol=1e-12)
+
+
+def read_value(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    output.sum().item()
+
+
+def test_flops_are_those_of_the_width_whatever_is_padding_in_it():
+    found: list[float] = []
+    for by_length in (False, True):
+        model = model_of("small")
+        assert enable_padding_trim(model.network)
+        # what reads a value, as Hugging Face's towers do, is counted on a copy with data
+        model.network.get_submodule("text").register_forward_hook(read_value)
+        task = build_task(model, parse_objective("clip"), options_of(), by_length=by_length).train()
+        inputs = inputs_of(4)
+        inputs["tokens"] = torch.full_like(inputs["tokens"], PAD)
+        found.append(FlopCounter(task).of({name: inputs[name] for name in ("pixels", "tokens")}))
+    assert found[0] == found[1] > 0
+
+
+def test_a_captioners_texts_go_together():
+    model = model_of("timm:test_vit,image_size=32+cptr:32x2@16")
+    assert enable_padding_trim(model.network)
+    # else their FLOPs would be counted by length
+    assert build_task(model, parse_objective("caption"), options_of(), by_length=True).padding is None
