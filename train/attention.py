@@ -172,8 +172,11 @@ class PooledPositions:
     end: int | None = None
     rows: Int64[Tensor, " B"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
-    def read(self, tower: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """Find them in the tokens that a tower is called with."""
+    def read(self, tower: Any, arguments: tuple[Tensor, ...]) -> None:
+        """Find them in the tokens that a tower in training is called with."""
+        # tokens of an exported graph, which have no values, must not stay behind
+        if not tower.transformer.resblocks[-1].training:
+            return
         tokens = arguments[0]
         self.rows = (tokens if self.end is None else (tokens == self.end).int()).argmax(dim=-1)
 

@@ -1,5 +1,6 @@
 """A last block that computes, in training, only what is pooled: the same loss and gradient, and less work."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -85,6 +86,14 @@ def test_evaluation_has_the_bits_it_had():
     compute_pooled_positions(network, image=True)
     assert torch.equal(network.encode_image(pixels), wanted[0])
     assert torch.equal(network.encode_text(tokens), wanted[1])
+
+
+def test_nothing_of_an_exported_graph_stays_behind():
+    network = network_of().eval()
+    compute_pooled_positions(network, image=True)
+    tokens = inputs_of(network)[1]
+    torch.export.export(network.text, (tokens,))
+    assert torch.equal(copy.deepcopy(network).encode_text(tokens), network.encode_text(tokens))
 
 
 @pytest.mark.parametrize(
