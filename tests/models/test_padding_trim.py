@@ -36,6 +36,24 @@ def test_networks_that_need_the_whole_row_are_left_alone(name):
     assert not any(layer._forward_pre_hooks for layer in network.modules())
 
 
+@pytest.mark.parametrize("changes", [{"no_causal_mask": True}, {"embed_cls": True}])
+def test_towers_that_attend_to_padding_or_end_with_a_class_token_get_the_whole_row(changes):
+    config = model_config("micro")
+    network = build_network(config | {"custom_text": True, "text_cfg": config["text_cfg"] | changes}).eval()
+    assert not enable_padding_trim(network, is_trained=False)
+
+
+def test_towers_whose_padding_is_masked_are_cut():
+    torch.manual_seed(0)
+    config = model_config("micro")
+    changes = {"text_cfg": config["text_cfg"] | {"no_causal_mask": True}}
+    network = build_network(config | {"custom_text": True} | changes).eval()
+    network.get_submodule("text").use_pad_mask = True  # pyright: ignore[reportArgumentType]
+    whole = encode(network, short_rows())
+    assert enable_padding_trim(network)
+    assert torch.allclose(encode(network, short_rows()[:, :8]), whole, atol=1e-6)
+
+
 def test_texts_that_pass_through_dropout_stay_whole_in_training_alone():
     network = build_network(model_config("micro") | {"custom_text": True})
     network.get_submodule("text").add_module("drop", nn.Dropout(0.1))

@@ -220,8 +220,8 @@ def enable_padding_trim(network: nn.Module, *, is_trained: bool = True) -> bool:
 
     Returns False, and changes nothing, for captioners, whose class token is at the end of the row; for open_clip's CLIP
     without `custom_text`, which adds the positions of the whole context; for towers that pool a token counted from the
-    row's end; and, if it is to be trained, where texts pass through dropout, since what it drops depends on the length
-    of the row.
+    row's end, or attend to padding, as MobileCLIP's; and, if it is to be trained, where texts pass through dropout,
+    since what it drops depends on the length of the row.
     """
     if hasattr(network, "can_trim_padding"):
         return bool(network.can_trim_padding)
@@ -230,7 +230,9 @@ def enable_padding_trim(network: nn.Module, *, is_trained: bool = True) -> bool:
         return False
     if not hasattr(text, "attn_mask"):
         return True
-    if getattr(text, "pool_type", "") not in _POOLS_BY_TOKEN:
+    attends_to_padding = text.attn_mask is None and not getattr(text, "use_pad_mask", False)
+    has_class_token = getattr(text, "cls_emb", None) is not None
+    if getattr(text, "pool_type", "") not in _POOLS_BY_TOKEN or attends_to_padding or has_class_token:
         return False
     text.get_submodule("transformer").register_forward_pre_hook(_crop_attention_mask, with_kwargs=True)
     return True
