@@ -1,7 +1,7 @@
 """Packing: pairs of any source become WebDataset shards, checked, resumable, the same bytes each time.
 
-Pairs are read, checked and encoded by forked processes where there are many and the source allows it, else by threads.
-A journal has a line for each finished shard; an interrupted run resumes after the last one.
+Forked processes read, check and encode where that is worth it, else threads. A journal has a line for each finished
+shard; an interrupted run resumes after the last one.
 """
 
 import json
@@ -12,7 +12,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from operator import itemgetter
@@ -439,21 +439,22 @@ def _in_languages(captions: Captions, config: PackConfig) -> Captions:
     return select_languages(captions, config.languages) if config.languages and captions else captions
 
 
-# of fewer pairs a process saves no more time than it takes to start, about 10 ms; to read words takes a sixth
-_MIN_PAIRS_OF_PROCESS = 1_000
-_MIN_TEXTS_OF_PROCESS = 4_000
+_MIN_PAIRS_OF_PROCESS, _MIN_TEXTS_OF_PROCESS = 1_000, 4_000  # fewer take less time than its start, about 10 ms
 _TEXTS_AT_ONCE = 256
+# between Flickr8k's (1.4 of the images/s on two cores) and photos of 400 × 533 pixels (0.9)
+_SMALL_IMAGE_BYTES = 20 << 10
+_NUM_SAMPLED = 16
 
 
 def _scan_columns(source: PairSource, config: PackConfig) -> JsonColumns:
     """What the JSON of all pairs has in common; a source that tells no words gives the same keys and types anyway."""
     if not isinstance(source, WordedSource):
         return JsonColumns()
-    total = len(source)
-    parts = [range(total)[first : first + _TEXTS_AT_ONCE] for first in range(0, total, _TEXTS_AT_ONCE)]
-    processes = _num_processes(source, total, least=_MIN_TEXTS_OF_PROCESS)
+    all_numbers = range(len(source))
+    parts = [all_numbers[first : first + _TEXTS_AT_ONCE] for first in all_numbers[::_TEXTS_AT_ONCE]]
+    processes = _num_processes(source, len(source), least=_MIN_TEXTS_OF_PROCESS)
     columns = JsonColumns()
-    with progress(total=total, what="reading texts", unit="pair") as shown:
+    with progress(total=len(source), what="reading texts", unit="pair") as shown:
         if processes < 2:
             for numbers in parts:
                 _add_columns(columns, source, numbers, config)
@@ -469,7 +470,7 @@ def _scan_columns(source: PairSource, config: PackConfig) -> JsonColumns:
                 columns.merge(part)
                 shown.update(len(numbers))
     # such a part does not tell all that one after another tells
-    return _add_columns(JsonColumns(), source, range(total), config) if columns.is_capped else columns
+    return _add_columns(JsonColumns(), source, all_numbers, config) if columns.is_capped else columns
 
 
 def _add_columns(columns: JsonColumns, source: WordedSource, numbers: Iterable[int], config: PackConfig) -> JsonColumns:
@@ -537,22 +538,29 @@ def _work_through(
 ) -> Generator[Made, None, None]:
     """What the work makes of the pairs at some places of the numbers, in their order, by all cores."""
     processes = _num_processes(source, len(places), least=_MIN_PAIRS_OF_PROCESS)
-    if processes > 1:
+    if processes > 2 or (processes == 2 and _has_small_images(source, numbers, places)):
         return map_forked(
             lambda place: work(_read_pair(source, numbers[place], config)),
             places,
             processes=processes,
             size_of=lambda made: len(made.members) if isinstance(made, _PackedPair) else 0,
         )
-    pairs = (_read_pair(source, numbers[place], config) for place in places)
-    return _in_threads(work, pairs, threads=_num_cores())
+    return _in_threads(work, (_read_pair(source, numbers[place], config) for place in places), threads=_num_cores())
+
+
+def _has_small_images(source: PairSource, numbers: Sequence[int], places: range) -> bool:
+    """Whether Python takes more of the work than decoding, which two threads share as well as two processes."""
+    sizes: list[int] = []
+    for place in places[:: -(-len(places) // _NUM_SAMPLED)]:
+        with suppress(Exception):  # the packing meets it again
+            sizes.append(len(source.read(numbers[place]).image))
+    return sum(sizes) <= _SMALL_IMAGE_BYTES * len(sizes)
 
 
 def _num_processes(source: object, num_pairs: int, *, least: int) -> int:
     """How many processes share so many pairs, of which each has these at least; 1 where threads do the work."""
-    processes = min(_num_cores(), num_pairs // least)
-    is_shared = processes > 1 and isinstance(source, ForkableSource) and source.is_fork_safe and can_fork()
-    return processes if is_shared else 1
+    may_fork = num_pairs >= 2 * least and isinstance(source, ForkableSource) and source.is_fork_safe and can_fork()
+    return min(_num_cores(), num_pairs // least) if may_fork else 1
 
 
 def _num_cores() -> int:

@@ -228,6 +228,17 @@ def test_a_killed_process_ends_the_work_which_is_resumed(tmp_path, pairs, forks)
     assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("pixels", "cores", "expected"), [(40, 2, [2]), (900, 2, []), (900, 3, [3])])
+def test_two_threads_keep_large_photos(tmp_path, make_image, forks, monkeypatch, pixels, cores, expected):
+    started = forks()
+    monkeypatch.setattr(pack_module, "_num_cores", lambda: cores)
+    image = make_image(0, size=(pixels, pixels))
+    assert (len(image) > 20_480) == (pixels == 900)
+    made = [Pair(key=f"k{number}", image=image, captions={"": (f"c{number}",)}) for number in range(20)]
+    pack(ForkableList(made), tmp_path / "out")
+    assert started == expected
+
+
 def test_images_inside_a_parquet_file_and_compressed_shards_stay_with_threads(tmp_path, make_image):
     import pyarrow as pa
     from pyarrow import parquet
