@@ -5,6 +5,7 @@ open source, tables) without a copy or a pickle; only results travel, by a pipe 
 """
 
 import gc
+import os
 import pickle
 import signal
 import sys
@@ -54,8 +55,9 @@ def map_forked(
     """The result of the work for each number, in their order.
 
     What the work raises comes after the results of the numbers before. Closing the generator ends the processes at
-    once; those whose parent was killed end by themselves. Batches are aligned to powers of two, so that rows which
-    are read in blocks are read once.
+    once; those whose parent was killed end by themselves, before their next number. Batches are aligned to powers of
+    two, so that rows which are read in blocks are read once. Where the system has no room for the processes (memory,
+    open files), this one does the work alone.
 
     size_of: bytes of a result, so that few large ones are under way at once. max_batch: numbers that a process is given
         at once, a power of two.
@@ -69,22 +71,18 @@ def map_forked(
     schedule = _Schedule[Made](workers, numbers[1:], max_batch)
     receiver = threading.Thread(target=schedule.receive, name="results", daemon=True)
     try:
-        for _ in range(processes):
-            workers.append(_fork(work, size_of, workers))
-        receiver.start()
-        yield from schedule.results()
+        is_begun = _fork_all(workers, processes, work, size_of)
+        if is_begun:
+            receiver.start()
+        yield from schedule.results() if is_begun else map(work, numbers[1:])
     finally:
         for worker in workers:
-            # at once, even where it is stopped or hangs: what it has not sent is of no use
-            worker.process.kill()
-            worker.process.join()
+            worker.kill()
         schedule.close()
         if receiver.ident is not None:
             receiver.join()
         for worker in workers:
-            worker.process.close()
-            worker.requests.close()
-            worker.results.close()
+            worker.close()
 
 
 @dataclass
@@ -105,6 +103,19 @@ class _Worker:
     requests: Connection
     results: Connection
     batches: deque[_Batch[Any]] = field(default_factory=deque)
+
+    def kill(self) -> None:
+        """End it at once, even where it is stopped or hangs: what it has not sent is of no use."""
+        self.process.kill()
+        self.process.join()
+
+    def close(self) -> None:
+        """Give back what this process holds of it, once it has ended."""
+        # of its end nobody learns where SIGCHLD is ignored, as some supervisors leave it to their children
+        with suppress(ValueError):
+            self.process.close()
+        self.requests.close()
+        self.results.close()
 
 
 class _Schedule(Generic[Made]):
@@ -209,8 +220,8 @@ class _Schedule(Generic[Made]):
             self._waiting_bytes += len(message)
             if part[-1]:
                 worker.batches.popleft()
-                fitting = max(_BATCH_BYTES * batch.size // batch.num_bytes, 1)
-                self._batch_size = min(1 << (fitting.bit_length() - 1), self._max_batch)
+                fitting = _power_below(_BATCH_BYTES * batch.size // batch.num_bytes)
+                self._batch_size = min(fitting, self._max_batch)
             self._assign()
             self._changed.notify_all()
 
@@ -220,7 +231,9 @@ class _Schedule(Generic[Made]):
             worker = min(self._workers, key=lambda worker: len(worker.batches))
             if len(worker.batches) >= _BATCHES_AHEAD:
                 return
-            size = self._batch_size
+            # smaller ones towards the end, so that no process is at work on a long one when the others are done
+            share = (self._numbers.stop - self._place) // (_BATCHES_AHEAD * len(self._workers))
+            size = min(self._batch_size, _power_below(share))
             stop = min((self._place // size + 1) * size, self._numbers.stop)
             with suppress(BrokenPipeError):  # its death is the end of its results as well
                 worker.requests.send((self._place, stop))
@@ -230,15 +243,36 @@ class _Schedule(Generic[Made]):
             self._place = stop
 
 
+def _power_below(number: int) -> int:
+    """The largest power of two up to a number; 1 for less than that."""
+    return 1 << (max(number, 1).bit_length() - 1)
+
+
 def _explain_loss(worker: _Worker | None) -> VlmError:
     assert worker is not None
     worker.process.join()
     code = worker.process.exitcode
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    # None where SIGCHLD is ignored
+    how = "ended" if code is None else f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     return VlmError(
         f"One of the working processes {how}, most likely out of memory; finished work is kept. Rerun the "
         "same command to resume, with fewer processes if it happens again: taskset -c 0 vlm … uses one core."
     )
+
+
+def _fork_all(
+    workers: list[_Worker], processes: int, work: Callable[[int], Made], size_of: Callable[[Made], int]
+) -> bool:
+    """Start the processes; none is left where the system has no room for all of them, and this is False."""
+    try:
+        for _ in range(processes):
+            workers.append(_fork(work, size_of, workers))
+    except OSError:
+        while workers:
+            worker = workers.pop()
+            worker.kill()
+            worker.close()
+    return bool(workers)
 
 
 def _fork(work: Callable[[int], Made], size_of: Callable[[Made], int], earlier: list[_Worker]) -> _Worker:
@@ -254,7 +288,7 @@ def _fork(work: Callable[[int], Made], size_of: Callable[[Made], int], earlier: 
     for worker in earlier:
         inherited += [worker.requests, worker.results]
     process = get_context("fork").Process(
-        target=_serve, args=(work, size_of, theirs, sender, inherited), name="vlm-worker", daemon=True
+        target=_serve, args=(work, size_of, theirs, sender, inherited, os.getpid()), name="vlm-worker", daemon=True
     )
     with _signals_blocked(), warnings.catch_warnings():
         # of threads of libraries (Arrow, BLAS) Python warns too, from 3.12 on
@@ -281,6 +315,7 @@ def _serve(
     requests: Connection,
     results: Connection,
     inherited: list[Connection],
+    parent: int,
 ) -> None:
     # terminals and batch systems send these to all processes of a command; its end, however it comes, ends this one
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -289,9 +324,16 @@ def _serve(
         end.close()
     # objects from before the fork stay; each collection would visit them all, and copy their pages by writing to them
     gc.freeze()
+
+    def work_for_parent(number: int) -> Made:
+        # the end of the pipe tells it too, but only after a batch, which takes minutes where images are slow to decode
+        if os.getppid() != parent:
+            os._exit(1)
+        return work(number)
+
     with suppress(EOFError, BrokenPipeError):
         while True:
-            for part in _parts(work, size_of, range(*requests.recv())):
+            for part in _parts(work_for_parent, size_of, range(*requests.recv())):
                 results.send_bytes(pickle.dumps(part, pickle.HIGHEST_PROTOCOL))
 
 

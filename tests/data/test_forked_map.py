@@ -2,12 +2,16 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 from itertools import islice
 
+import psutil
 import pytest
 
+from tests.waiting import wait_until
 from vlm.data import forked_map
 from vlm.data.forked_map import can_fork, map_forked
 from vlm.errors import BadSample, VlmError
@@ -123,6 +127,56 @@ def test_closing_it_ends_the_processes_even_one_that_hangs():
     results.close()
     assert time.monotonic() - started < 30
     assert not multiprocessing.active_children()
+
+
+def test_processes_whose_parent_was_killed_end_before_their_next_number():
+    """Long before the end of their batch, of 32 numbers here."""
+    script = "import time; from vlm.data.forked_map import map_forked\n"
+    script += "work = lambda number: time.sleep(2 * (number > 0))\n"
+    script += "list(map_forked(work, range(400), processes=2, size_of=lambda _: 0))"
+    started = subprocess.Popen([sys.executable, "-c", script])
+    parent = psutil.Process(started.pid)
+    wait_until(lambda: len(parent.children()) == 2, process=started)
+    workers = parent.children()
+    # into the first batch: before that they end by the pipe
+    time.sleep(0.5)
+    started.kill()
+    started.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+
+
+def test_results_are_all_there_where_the_ends_of_processes_are_not_told():
+    """As supervisors may leave it: nobody can wait for a child then."""
+    script = "import signal; from vlm.data.forked_map import map_forked\n"
+    script += "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+    script += "print(sum(map_forked(lambda number: number, range(400), processes=2, size_of=lambda _: 1)))"
+    assert (
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=60).stdout == b"79800\n"
+    )
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_without_room_for_processes_this_one_does_the_work(monkeypatch, at):
+    fork = forked_map._fork
+
+    def refuse(work, size_of, earlier):
+        if len(earlier) == at:
+            raise OSError(24, "Too many open files")
+        return fork(work, size_of, earlier)
+
+    monkeypatch.setattr(forked_map, "_fork", refuse)
+    assert list(results_of(lambda _: os.getpid(), range(400), size_of=lambda _: 1)) == [os.getpid()] * 400
+    assert not multiprocessing.active_children()
+
+
+def test_the_last_numbers_are_shared_by_all():
+    def work(_):
+        time.sleep(0.002)
+        return os.getpid()
+
+    made = list(results_of(work, range(600), size_of=lambda _: 1))
+    assert len(set(made[-64:])) == 2
 
 
 def test_a_process_with_threads_does_not_fork():
