@@ -439,7 +439,8 @@ def _in_languages(captions: Captions, config: PackConfig) -> Captions:
     return select_languages(captions, config.languages) if config.languages and captions else captions
 
 
-_MIN_PAIRS_OF_PROCESS, _MIN_TEXTS_OF_PROCESS = 1_000, 4_000  # fewer take less time than its start, about 10 ms
+# fewer take less time than the start of processes, about 10 ms each; few large photos want a process on each core
+_MIN_FORKED_PAIRS, _MIN_PAIRS_OF_PROCESS, _MIN_TEXTS_OF_PROCESS = 2_000, 100, 4_000
 _TEXTS_AT_ONCE = 256
 # between Flickr8k's (1.4 of the images/s on two cores) and photos of 400 × 533 pixels (0.9)
 _SMALL_IMAGE_BYTES = 20 << 10
@@ -537,7 +538,8 @@ def _work_through(
     work: Callable[[Pair | BadSample], Made],
 ) -> Generator[Made, None, None]:
     """What the work makes of the pairs at some places of the numbers, in their order, by all cores."""
-    processes = _num_processes(source, len(places), least=_MIN_PAIRS_OF_PROCESS)
+    is_worth_it = len(places) >= _MIN_FORKED_PAIRS
+    processes = _num_processes(source, len(places), least=_MIN_PAIRS_OF_PROCESS) if is_worth_it else 1
     if processes > 2 or (processes == 2 and _has_small_images(source, numbers, places)):
         return map_forked(
             lambda place: work(_read_pair(source, numbers[place], config)),

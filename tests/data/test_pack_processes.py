@@ -59,6 +59,7 @@ def forks(monkeypatch):
         return plain(*args, **options)
 
     def begin():
+        monkeypatch.setattr(pack_module, "_MIN_FORKED_PAIRS", 1)
         monkeypatch.setattr(pack_module, "_MIN_PAIRS_OF_PROCESS", 1)
         monkeypatch.setattr(pack_module, "_MIN_TEXTS_OF_PROCESS", 1)
         monkeypatch.setattr(pack_module, "_TEXTS_AT_ONCE", 16)
@@ -163,6 +164,18 @@ def test_columns_of_a_table_that_agree_on_little_are_the_same_by_processes(tmp_p
     by_processes = pack(open_source(str(folder)), tmp_path / "processes")
     assert content_of(tmp_path / "processes") == content_of(tmp_path / "threads")
     assert by_processes.warnings == by_threads.warnings != ()
+
+
+@pytest.mark.parametrize(("num_pairs", "processes"), [(1_999, []), (2_000, [16])])
+def test_few_pairs_have_as_many_processes_as_there_are_cores(monkeypatch, num_pairs, processes):
+    """Of large photos, which threads decode on all cores: 2,000 by two processes took eight times as long."""
+    started = []
+    monkeypatch.setattr(pack_module, "_num_cores", lambda: 16)
+    monkeypatch.setattr(pack_module, "can_fork", lambda: True)
+    monkeypatch.setattr(pack_module, "map_forked", lambda *_, **options: started.append(options["processes"]))
+    places = range(num_pairs)
+    pack_module._work_through(ForkableList(places), places, places, PackConfig(), lambda _: None)
+    assert started == processes
 
 
 def test_a_split_is_the_same_by_processes(tmp_path, pairs, forks):
