@@ -297,7 +297,9 @@ def test_a_signal_leaves_no_process_and_the_work_is_resumed(tmp_path, whole_scen
     folder = tmp_path / "out"
     command = [sys.executable, "-P", "-m", "vlm", "--quiet", "pack", "scenes", str(folder)]
     command += ["--scenes.number", "2500", "--samples-per-shard", "200"]
-    started = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        command, start_new_session=True, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts
+    )
     wait_until(lambda: len(list(folder.glob("*.tar"))) > 1, process=started)
     workers = psutil.Process(started.pid).children()
     assert len(workers) >= 2
@@ -313,6 +315,11 @@ def test_a_signal_leaves_no_process_and_the_work_is_resumed(tmp_path, whole_scen
     assert len(list(folder.glob("*.tar"))) < 13
     subprocess.run(command, check=True, capture_output=True)
     assert content_of(folder) == whole_scenes
+
+
+def _heed_interrupts() -> None:
+    # a shell starts what goes on in the background with SIGINT ignored, as it may have started the tests
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _is_alive(process: psutil.Process) -> bool:
