@@ -475,8 +475,8 @@ def open_task(
         keep_locked_features(model.network, config.model.locked_features_gb)
     # after locking, before the optimizer sees the parameters: it replaces modules, not weights
     use_per_sample_dropout(model.network, noise)
-    # FSDP's processes take part in each pass of a tower, so all need the same number
-    by_length = model.trims_padding and model.device.type == "cpu" and config.sharding != "fsdp"
+    # FSDP's processes take part in each pass of a tower, so all need the same number; parts are there to save memory
+    by_length = model.trims_padding and config.sharding != "fsdp" and not config.micro_batch
     task = build_task(model, terms, options, by_length=by_length)
     if any(isinstance(module, nn.MultiheadAttention) for module in task.modules()):
         reduce_attention_work(task.network, config.model, model.device, reads_patches=task.needs_patches)

@@ -429,7 +429,8 @@ def build_task(
     if "logit_bias" in outputs and getattr(model.network, "logit_bias", None) is None:
         model.network.register_parameter("logit_bias", nn.Parameter(torch.zeros((), device=model.device)))
     # a captioner's decoder goes on from the states of the whole rows
-    padding = Padding.of(model.tokenizer) if by_length and not is_captioner(model.network) else None
+    is_grouped = by_length and model.device.type == "cpu" and not is_captioner(model.network)
+    padding = Padding.of(model.tokenizer) if is_grouped else None
     task = TrainingTask(model.network, heads, outputs, options, image_size=model.view.size, padding=padding)
     task.to(model.device)
     freeze_unused_parameters(task, example_inputs(model, task, options), outputs)
