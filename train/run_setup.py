@@ -504,8 +504,7 @@ def parallelize_task(accelerator: Accelerator, task: TrainingTask, config: Train
         apply_fsdp(task, accelerator.device, is_bf16=config.precision == "bf16")
         return task
     if config.precision == "bf16":
-        is_retraced = config.model.gradient_checkpointing or config.model.compile
-        compute_in_bfloat16(task, accelerator.device, is_retraced=is_retraced)
+        compute_in_bfloat16(task, accelerator.device, config.model)
     return accelerator.prepare_model(task)
 
 

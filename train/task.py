@@ -37,6 +37,7 @@ from vlm.train.objectives.distillation import DINO, DISTILL, LOCAL_TO_GLOBAL, PR
 from vlm.train.objectives.fine_grained import GROUPING, JOINT_SUB_CAPTIONS, SPARC, SUB_CAPTIONS
 from vlm.train.objectives.global_contrastive import FASTCLIP, SOGCLR
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Heads, Inputs, LossOptions, LossTerm, Outputs
+from vlm.train.run_config import ModelConfig
 
 LOSS_TERMS: dict[str, LossTerm] = {
     "clip": CLIP,
@@ -573,20 +574,19 @@ def _trainable_parameters(module: nn.Module) -> set[Tensor]:
     return {parameter for parameter in module.parameters() if parameter.requires_grad}
 
 
-def compute_in_bfloat16(task: TrainingTask, device: torch.device, *, is_retraced: bool) -> None:
-    """Let the task compute in bfloat16 where torch holds that to be safe, with outputs in single precision.
-
-    is_retraced: its operations are recorded to be compiled or computed again, without what is around the forward pass.
-    """
+def compute_in_bfloat16(task: TrainingTask, device: torch.device, settings: ModelConfig) -> None:
+    """Let the task compute in bfloat16 where torch holds that to be safe, with outputs in single precision."""
     forward = task.forward
-    # of longer sequences all scores would take too much memory
-    is_plain = device.type == "cpu" and not is_retraced and longest_sequence(task.network) <= 128
+    # of longer sequences all scores would take too much memory; what is computed again is outside of the contexts
+    is_short = device.type == "cpu" and longest_sequence(task.network) <= 128
+    is_plain = is_short and not settings.gradient_checkpointing
 
     def autocast_forward(inputs: Inputs, outputs: frozenset[str] | None = None) -> Outputs:
         with contextlib.ExitStack() as contexts:
             contexts.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
             if is_plain:
                 contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if is_plain and not settings.compile:
                 contexts.enter_context(PlainAttention())
             computed = forward(inputs, outputs)
         return cast(Outputs, convert_to_fp32(computed))

@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlm.train.attention import PlainAttention
+from vlm.train.run_config import ModelConfig
+from vlm.train.task import TrainingTask, compute_in_bfloat16
 
 LENGTH = 7
 CAUSAL = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)
@@ -75,3 +77,32 @@ def test_one_head_of_keys_for_all_queries_is_torchs():
         wanted = F.scaled_dot_product_attention(*rows)
         with PlainAttention():
             assert torch.equal(F.scaled_dot_product_attention(*rows), wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_plain", "by_products"),
+    [
+        ({}, True, True),
+        # dynamo would have to trace the mode
+        ({"compile": True}, True, False),
+        ({"gradient_checkpointing": True}, False, False),
+    ],
+)
+def test_what_is_compiled_or_computed_again_has_torchs_attention(settings, is_plain, by_products):
+    seen = []
+
+    class Task(TrainingTask):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+            self.network: Any = torch.nn.Identity()
+
+        def forward(self, inputs, outputs=None):
+            seen.append((torch.backends.cuda.flash_sdp_enabled(), torch.overrides._get_current_function_mode()))
+            return {}
+
+    task: Any = Task()
+    compute_in_bfloat16(task, torch.device("cpu"), ModelConfig(**settings))
+    task.forward({})
+    ((is_fused, mode),) = seen
+    assert is_fused is not is_plain
+    assert isinstance(mode, PlainAttention) is by_products
