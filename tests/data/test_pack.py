@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from webdataset.compat import WebDataset
 
+from tests.data.list_source import ListSource
 from vlm.cli.main import main
 from vlm.data.pack import PackConfig, pack, shards_at
 from vlm.data.samples import Pair
@@ -23,30 +24,16 @@ from vlm.errors import BadSample, UsageError, VlmError
 from vlm.manifest import read_manifest
 
 
-class ListSource:
-    """Pairs of a list; an exception in it is raised, and so is KeyboardInterrupt at `stop_at`, once."""
+def interrupt(number):
+    """What interrupts, once, before a number is read."""
+    left = [number]
 
-    captions_are_labels = False
-
-    def __init__(self, pairs, *, stop_at=None):
-        self.pairs, self.stop_at = pairs, stop_at
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def read(self, number):
-        if number == self.stop_at:
-            self.stop_at = None
+    def at(place):
+        if place in left:
+            left.remove(place)
             raise KeyboardInterrupt
-        if isinstance(self.pairs[number], Exception):
-            raise self.pairs[number]
-        return self.pairs[number]
 
-    def fingerprint(self):
-        return "the same"
-
-    def describe(self):
-        return {"kind": "list"}
+    return at
 
 
 @pytest.fixture
@@ -139,7 +126,7 @@ def test_the_manifest_says_what_is_there(tmp_path, pairs):
 def test_an_interrupted_pack_goes_on_and_ends_with_the_same_bytes(tmp_path, pairs, hold_out, stop_at):
     config = PackConfig(samples_per_shard=4, hold_out=hold_out, max_bad_share=0.1)
     pack(ListSource(pairs), tmp_path / "whole", config)
-    source = ListSource(pairs, stop_at=stop_at)
+    source = ListSource(pairs, at=interrupt(stop_at))
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "broken", config)
     assert not [path for path in (tmp_path / "broken").iterdir() if path.name.endswith(".part")]
@@ -154,7 +141,7 @@ def test_a_killed_pack_leaves_rubbish_that_is_cleared_away(tmp_path, pairs):
     pack(ListSource(pairs), tmp_path / "whole", config)
     out = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
-        pack(ListSource(pairs, stop_at=14), out, config)
+        pack(ListSource(pairs, at=interrupt(14)), out, config)
     (out / ".shard-00003.tar.1.part").write_bytes(b"half")  # killed while writing a shard
     (out / "shard-00003.tar").write_bytes(b"renamed, but not yet in the journal")
     with (out / ".shards-done.jsonl").open("a") as journal:
@@ -221,7 +208,7 @@ def test_a_folder_that_exists_is_left_alone(tmp_path, pairs):
     with pytest.raises(UsageError, match="not empty"):
         pack(ListSource(pairs[:5]), tmp_path / "mine")
     with pytest.raises(KeyboardInterrupt):
-        pack(ListSource(pairs, stop_at=3), tmp_path / "other")
+        pack(ListSource(pairs, at=interrupt(3)), tmp_path / "other")
     with pytest.raises(UsageError, match="another input or configuration"):
         pack(ListSource(pairs[:5]), tmp_path / "other", PackConfig(samples_per_shard=7))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.data.list_source import ListSource
 from tests.waiting import wait_until
 from vlm.data import pack as pack_module
 from vlm.data.pack import PackConfig, pack
@@ -23,29 +24,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are f
 PAIRS = 120
 
 
-class ForkableList:
-    """Pairs of a list; `at` is called with the number before each is read."""
+class ForkableList(ListSource):
+    """A list that forked processes may read."""
 
-    captions_are_labels = False
     is_fork_safe = True
-
-    def __init__(self, pairs, at=lambda number: None):
-        self.pairs, self.at = pairs, at
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def read(self, number):
-        self.at(number)
-        if isinstance(self.pairs[number], Exception):
-            raise self.pairs[number]
-        return self.pairs[number]
-
-    def fingerprint(self):
-        return "the same"
-
-    def describe(self):
-        return {"kind": "list"}
 
 
 @pytest.fixture
