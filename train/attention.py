@@ -1,5 +1,5 @@
-"""Attention layers that need less for the same gradient while training: no copies, quick products in bfloat16 on a CPU,
-and in the last block of a transformer only the position that is pooled.
+"""Attention layers that need less for the same gradient while training: fewer copies, and in the last block of a
+transformer only the position that is pooled.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from typing_extensions import override
 
 from vlm.tensor_types import Float, Int64, Tensor
+from vlm.train.bfloat16 import is_computed_in_bfloat16
 from vlm.train.run_config import ModelConfig
 
 
@@ -27,73 +26,6 @@ def reduce_attention_work(
         attend_without_copies(network)
     if not settings.gradient_checkpointing:
         compute_pooled_positions(network, image=not reads_patches)
-
-
-class PlainAttention(TorchFunctionMode):
-    """Inside of it, attention in bfloat16 on a CPU is two batched products with a softmax in single precision between.
-
-    torch's own plain kernel computes all of it in single precision, and its fused one has a slow backward pass: they
-    take two and three times as long for 50 tokens. Attention with dropout, or with a mask for each row, is torch's.
-    """
-
-    @override
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and _can_attend_by_products(*args, **kwargs):
-            return _attend_by_products(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _can_attend_by_products(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **options: Any
-) -> bool:
-    is_plain = not dropout_p and not options.get("enable_gqa", False)
-    # a row of another mask may leave nothing to attend to, for which torch's softmax has a rule
-    is_causal = attn_mask is None or (attn_mask.ndim == 2 and attn_mask.is_floating_point())
-    # some towers have one head of keys and values for all queries, which torch repeats
-    has_same_heads = query.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
-    return is_plain and is_causal and has_same_heads and query.dtype == key.dtype == value.dtype == torch.bfloat16
-
-
-def _attend_by_products(
-    query: Float[Tensor, "B H L D"],
-    key: Float[Tensor, "B H S D"],
-    value: Float[Tensor, "B H S E"],
-    attn_mask: Float[Tensor, "L S"] | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    **_: Any,
-) -> Float[Tensor, "B H L E"]:
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = _Scores.apply(query.flatten(0, 1), key.flatten(0, 1), factor)
-    if is_causal:
-        attn_mask = torch.full_like(scores[0], -torch.inf).triu(1)
-    if attn_mask is not None:
-        scores = scores + attn_mask
-    shares = scores.softmax(dim=-1).to(value.dtype)
-    return torch.bmm(shares, value.flatten(0, 1)).unflatten(0, query.shape[:2])
-
-
-class _Scores(torch.autograd.Function):
-    """Products of queries and keys in single precision: large ones, rounded, would change what is attended to."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, queries: Float[Tensor, "N L D"], keys: Float[Tensor, "N S D"], factor: float
-    ) -> Float[Tensor, "N L S"]:
-        ctx.save_for_backward(queries, keys)
-        ctx.factor = factor
-        with torch.autocast("cpu", enabled=False):
-            return torch.bmm(queries.float() * factor, keys.float().transpose(1, 2))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Float[Tensor, "N L S"]) -> tuple[Tensor, Tensor, None]:
-        queries, keys = ctx.saved_tensors
-        gradient = (gradients[0] * ctx.factor).to(queries.dtype)
-        return torch.bmm(gradient, keys), torch.bmm(gradient.transpose(1, 2), queries), None
 
 
 def attend_without_copies(network: nn.Module) -> None:
@@ -123,22 +55,65 @@ def _attend(
     is_self = query is key and key is value and query.ndim == 3
     is_known_mask = attn_mask is None or (attn_mask.ndim == 2 and attn_mask.dtype == query.dtype)
     is_plain_call = is_self and is_known_mask and key_padding_mask is None and not need_weights and not options
-    if not (module.training and is_plain_call and _is_plain(module)):
+    if not (module.training and is_plain_call and is_plain_attention(module)):
         return attend(query, key, value, key_padding_mask, need_weights, attn_mask, **options)
+    if is_computed_in_bfloat16(query):
+        parts = split_heads(project_together(module, query), module.num_heads, 3)
+        attended = F.scaled_dot_product_attention(*parts, attn_mask=attn_mask)
+        return F.linear(attended.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias), None
     size, length, width = query.shape
     # position by position, which is the order in which the module sums
-    projected = F.linear(query.transpose(0, 1), module.in_proj_weight, module.in_proj_bias)
-    by_head = projected.view(length, size, 3, module.num_heads, module.head_dim).permute(2, 1, 3, 0, 4)
-    queries, keys, values = by_head.unbind(0)
+    by_head = project_together(module, query.transpose(0, 1)).view(length, size, 3, module.num_heads, module.head_dim)
+    queries, keys, values = by_head.permute(2, 1, 3, 0, 4).unbind(0)
     attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask)
     joined = attended.permute(2, 0, 1, 3).reshape(length * size, width)
     output = F.linear(joined, module.out_proj.weight, module.out_proj.bias)
     return output.view(length, size, width).transpose(0, 1), None
 
 
-def _is_plain(module: nn.MultiheadAttention) -> bool:
+def is_plain_attention(module: nn.Module) -> bool:
+    """Whether a module is torch's attention with one projection of queries, keys and values, and without dropout."""
+    if type(module) is not nn.MultiheadAttention:
+        return False
     has_other_keys = module.bias_k is not None or module.add_zero_attn or module.in_proj_weight is None
     return module.batch_first and not module.dropout and not has_other_keys
+
+
+def project_together(module: nn.MultiheadAttention, tokens: Float[Tensor, "*N W"]) -> Float[Tensor, "*N V"]:
+    """Queries, keys and values in one row, V = 3 W."""
+    return F.linear(tokens, module.in_proj_weight, module.in_proj_bias)
+
+
+def project_queries(
+    module: nn.MultiheadAttention, queries: Float[Tensor, "*Q W"], tokens: Float[Tensor, "*N W"]
+) -> tuple[Float[Tensor, "*Q W"], Float[Tensor, "*N V"]]:
+    """Queries of some tokens; keys and values of all of them in one row, V = 2 W."""
+    weights, biases = module.in_proj_weight.split([module.embed_dim, 2 * module.embed_dim]), (None, None)
+    if module.in_proj_bias is not None:
+        biases = module.in_proj_bias.split([module.embed_dim, 2 * module.embed_dim])
+    return F.linear(queries, weights[0], biases[0]), F.linear(tokens, weights[1], biases[1])
+
+
+def split_heads(projected: Float[Tensor, "B L W"], heads: int, parts: int) -> tuple[Float[Tensor, "B H L D"], ...]:
+    """The parts of rows that hold several, as queries, keys and values, W = parts · H · D."""
+    return _Split.apply(projected, heads, parts)
+
+
+class _Split(torch.autograd.Function):
+    """One copy each way: of views, autograd would put the gradients together in a copy of all parts, slowly."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Float[Tensor, "B L W"], heads: int, parts: int) -> tuple[Tensor, ...]:
+        by_head = projected.view(*projected.shape[:2], parts, heads, -1)
+        return tuple(part.transpose(1, 2).contiguous() for part in by_head.unbind(2))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Float[Tensor, "B H L D"]) -> tuple[Tensor, None, None]:
+        size, heads, length, width = gradients[0].shape
+        joined = gradients[0].new_empty(size, length, len(gradients), heads, width)
+        for target, gradient in zip(joined.unbind(2), gradients, strict=True):
+            target.copy_(gradient.transpose(1, 2))
+        return joined.flatten(2), None, None
 
 
 def compute_pooled_positions(network: nn.Module, *, image: bool) -> list[str]:

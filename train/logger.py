@@ -23,6 +23,7 @@ from vlm.data.precomputed_features import IMAGE_FEATURE, TEXT_FEATURE
 from vlm.data.sample_ledger import Epoch, Ledger, ShardCount, sum_counts
 from vlm.errors import UsageError, VlmError
 from vlm.files import compute_fingerprint, write_text
+from vlm.train.caption_packing import computed_rows
 from vlm.train.distributed import gather_objects, merge_ledgers
 from vlm.train.history import METRICS, MetricsLog, write_telemetry
 from vlm.train.metrics import (
@@ -37,7 +38,7 @@ from vlm.train.recovery import SkippedRange, skipped_sample_blocks
 from vlm.train.run_config import TrainConfig
 from vlm.train.run_setup import Session
 from vlm.train.step import StepResult
-from vlm.train.task import example_inputs, length_groups
+from vlm.train.task import example_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -428,12 +429,12 @@ class RunLogger:
         )
 
     def flops_of(self, batch: TrainingBatch) -> float:
-        """FLOPs, forward and backward, of a batch, with each group of like length as long as it is; nan if unknown."""
+        """FLOPs, forward and backward, of a batch, with each caption as long as it is computed; nan if unknown."""
         inputs, padding = self._inputs_shaped_like(batch), self._session.state.task.padding
         if padding is None:
             return self._session.flops.of(inputs) * len(batch.keys) / _ROWS
         flops = 0.0
-        for rows, width in length_groups(batch.tokens.numpy(), padding):
+        for rows, width in computed_rows(self._session.state.model.network, batch.tokens.numpy(), padding):
             flops += self._session.flops.of(inputs | {"tokens": inputs["tokens"][:, :width]}) * len(rows) / _ROWS
         return flops
 

@@ -50,6 +50,7 @@ from vlm.models.towers.tower_registry import initial_preprocess, set_dropout
 from vlm.models.variants import with_image_size
 from vlm.train.attention import reduce_attention_work
 from vlm.train.averaging import EMA
+from vlm.train.bfloat16 import compute_in_bfloat16
 from vlm.train.checkpoint.manager import RemoteCheckpointStore, restore_newest
 from vlm.train.distributed import apply_fsdp, no_gradient_sync
 from vlm.train.drift import DriftGuard, open_drift_guard
@@ -76,7 +77,6 @@ from vlm.train.task import (
     TrainingTask,
     WeightedLossTerm,
     build_task,
-    compute_in_bfloat16,
     lock_tower,
     parse_objective,
 )

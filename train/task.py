@@ -12,24 +12,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
-from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlm.config import lookup
 from vlm.data.precomputed_features import IMAGE_FEATURE, TEXT_FEATURE
-from vlm.data.tokenizers import Padding, text_widths
+from vlm.data.tokenizers import Padding
 from vlm.errors import UsageError
 from vlm.models.coca import can_caption_in_parallel, parallel_logits
-from vlm.models.model import VisionLanguageModel, is_captioner, longest_sequence
+from vlm.models.model import VisionLanguageModel, is_captioner
 from vlm.models.network import Network
 from vlm.models.patch_features import ImageTowerOutput, encode_crops, run_image_tower, supports_patch_features
 from vlm.models.towers.tower import batch_norm_layers, freeze_batch_norm
-from vlm.tensor_types import Array, Bool, Float, Int64, Tensor
-from vlm.train.attention import PlainAttention
+from vlm.tensor_types import Bool, Float, Int64, Tensor
+from vlm.train.caption_packing import encode_captions
 from vlm.train.objectives.captioning import CAPPA, CAPTION, MASK_EMBEDDING, choose_parallel_captions
 from vlm.train.objectives.classification import CLASS_HEAD, CLASSIFY
 from vlm.train.objectives.contrastive import CLIP, DCL, RANKING, SIGLIP, WEIGHTED_DCL
@@ -37,7 +34,6 @@ from vlm.train.objectives.distillation import DINO, DISTILL, LOCAL_TO_GLOBAL, PR
 from vlm.train.objectives.fine_grained import GROUPING, JOINT_SUB_CAPTIONS, SPARC, SUB_CAPTIONS
 from vlm.train.objectives.global_contrastive import FASTCLIP, SOGCLR
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Heads, Inputs, LossOptions, LossTerm, Outputs
-from vlm.train.run_config import ModelConfig
 
 LOSS_TERMS: dict[str, LossTerm] = {
     "clip": CLIP,
@@ -72,7 +68,6 @@ ALIASES: dict[str, str] = {
 FORMER_NAMES: dict[str, str] = {"sub_captions": "joint_sub_captions", "grouping": "sparc"}
 """What two terms computed before 2026-11-29 is computed by these since; their names went to DreamLIP's own forms."""
 
-_MAX_LENGTH_GROUPS = 16
 _SUMMAND = re.compile(r"(?:(?P<weight>[0-9.eE+-]+)\s*\*\s*)?(?P<name>[a-z][a-z0-9_-]*)")
 
 
@@ -128,7 +123,7 @@ def parse_objective(expression: str) -> tuple[WeightedLossTerm, ...]:
 class TrainingTask(nn.Module):
     """The network and its heads; `forward` maps inputs to outputs, both by name (`vlm.train.objectives.loss_term`).
 
-    padding: of captions, which go through their tower in groups of like length; None: all of them at once.
+    padding: of captions, which go through their tower without it; None: as whole rows.
     """
 
     def __init__(
@@ -217,7 +212,7 @@ class ForwardContext:
         tokens = self.inputs["tokens"]
         # not on the device without data on which FLOPs are counted
         if self.task.padding is not None and tokens.device.type == "cpu":
-            return encode_by_length(self.network, tokens, self.task.padding), None
+            return encode_captions(self.network, tokens, self.task.padding), None
         return self.encode_text(tokens), None
 
     @cached_property
@@ -230,31 +225,6 @@ class ForwardContext:
     def encode_text(self, tokens: Int64[Tensor, "T L"]) -> Float[Tensor, "T D"]:
         """Embeddings of other texts than the captions."""
         return self.network.encode_text(tokens)
-
-
-def length_groups(tokens: Int64[Array, "T L"], padding: Padding) -> list[tuple[Int64[Array, " N"], int]]:
-    """Rows of like length, as their numbers and the width they may be cut to, the shortest first; each row is in one.
-
-    A group of less than a sixteenth of the rows joins the next, since each costs a pass of its own.
-    """
-    widths = text_widths(tokens, padding)
-    rows = np.argsort(widths, kind="stable")
-    groups: list[tuple[Array, int]] = []
-    first = 0
-    for width in np.unique(widths):
-        end = int((widths <= width).sum())
-        if end - first >= len(rows) / _MAX_LENGTH_GROUPS or end == len(rows):
-            groups.append((rows[first:end], int(width)))
-            first = end
-    return groups
-
-
-def encode_by_length(network: Network, tokens: Int64[Tensor, "T L"], padding: Padding) -> Float[Tensor, "T D"]:
-    """Embeddings of texts, those of like length together, so that little work goes into padding."""
-    groups = length_groups(tokens.numpy(), padding)
-    parts = [network.encode_text(tokens[rows, :width]) for rows, width in groups]
-    order = torch.from_numpy(np.concatenate([rows for rows, _ in groups]))
-    return torch.cat(parts)[order.argsort()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -572,24 +542,3 @@ def _graph_leaves(outputs: Iterable[Tensor]) -> set[Tensor]:
 
 def _trainable_parameters(module: nn.Module) -> set[Tensor]:
     return {parameter for parameter in module.parameters() if parameter.requires_grad}
-
-
-def compute_in_bfloat16(task: TrainingTask, device: torch.device, settings: ModelConfig) -> None:
-    """Let the task compute in bfloat16 where torch holds that to be safe, with outputs in single precision."""
-    forward = task.forward
-    # of longer sequences all scores would take too much memory; what is computed again is outside of the contexts
-    is_short = device.type == "cpu" and longest_sequence(task.network) <= 128
-    is_plain = is_short and not settings.gradient_checkpointing
-
-    def autocast_forward(inputs: Inputs, outputs: frozenset[str] | None = None) -> Outputs:
-        with contextlib.ExitStack() as contexts:
-            contexts.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
-            if is_plain:
-                contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if is_plain and not settings.compile:
-                contexts.enter_context(PlainAttention())
-            computed = forward(inputs, outputs)
-        return cast(Outputs, convert_to_fp32(computed))
-
-    # on the instance, inside of what DDP wraps
-    task.forward = autocast_forward

@@ -1,7 +1,6 @@
 import dataclasses
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,14 +8,14 @@ from torch._C._distributed_c10d import HashStore
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from vlm.data.tokenizers import Padding, open_tokenizer
+from vlm.data.tokenizers import open_tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.models.model import VisionLanguageModel, build_network, enable_padding_trim, model_config
 from vlm.train.metrics import FlopCounter
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, LossOptions
 from vlm.train.run_config import ObjectiveConfig
-from vlm.train.task import LOSS_TERMS, OUTPUT_HEADS, TrainingTask, build_task, length_groups, parse_objective
+from vlm.train.task import LOSS_TERMS, OUTPUT_HEADS, TrainingTask, build_task, parse_objective
 
 SIZE, LENGTH, PAD = 32, 24, 0
 SENTENCES = torch.tensor([[[1, 9, 2, 0], [1, 8, 7, 2]], [[1, 6, 2, 0], [0, 0, 0, 0]], [[1, 5, 4, 2], [1, 3, 2, 0]]])
@@ -249,47 +248,6 @@ def test_an_objective_the_network_cannot_serve_is_refused_with_the_cure():
         task_of("caption", model_of("micro"))
     with pytest.raises(UsageError, match="image tower with patches"):
         TrainingTask(cast(Any, nn.Identity()), {}, ["patch_features"], options_of(), image_size=SIZE)
-
-
-def test_rows_of_like_length_go_together_each_once():
-    rows = [4, 30, 9, 7, 16, 17, *[12] * 40]
-    tokens = np.zeros((len(rows), 77), np.int64)
-    for row, length in enumerate(rows):
-        tokens[row, :length] = 5
-    groups = length_groups(tokens, Padding(token=PAD, is_end=False))
-    # two of 8 are too few for a pass of their own, as is one of 24
-    assert [width for _, width in groups] == [16, 32]
-    assert sorted(np.concatenate([rows for rows, _ in groups])) == list(range(len(rows)))
-    assert groups[-1][0].tolist() == [5, 1]
-    assert not tokens[groups[0][0], 16:].any()
-
-
-def test_rows_keep_the_end_that_is_also_padding():
-    tokens = np.array([[1, *[5] * 7, *[2] * 8], [1, *[5] * 6, *[2] * 9]])
-    kept = length_groups(tokens, Padding(token=2, is_end=True))
-    assert [(rows.tolist(), width) for rows, width in kept] == [([1], 8), ([0], 16)]
-
-
-@pytest.mark.parametrize("name", ["small", "timm:test_vit+bag@16"])
-def test_texts_by_length_have_the_gradient_of_whole_rows(name):
-    model = model_of(name)
-    assert enable_padding_trim(model.network)
-    passes: list[int] = []
-    model.network.get_submodule("text").register_forward_hook(lambda *_: passes.append(1))
-    found: list[dict[str, Any]] = []
-    for by_length in (False, True):
-        task = build_task(model, parse_objective("clip"), options_of(), by_length=by_length).double().train()
-        inputs = inputs_of(12)
-        inputs["pixels"] = inputs["pixels"].double()
-        task.zero_grad(set_to_none=True)
-        passes.clear()
-        loss_of(task, "clip", options_of(), inputs).backward()
-        assert len(passes) == (2 if by_length else 1)
-        found.append({key: weight.grad.clone() for key, weight in task.named_parameters() if weight.grad is not None})
-    whole, grouped = found
-    assert whole.keys() == grouped.keys()
-    for key, gradient in whole.items():
-        torch.testing.assert_close(grouped[key], gradient, rtol=1e-9, atol=1e-12)
 
 
 def read_value(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
