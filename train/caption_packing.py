@@ -24,6 +24,8 @@ from vlm.train.attention import is_plain_attention, project_queries, project_tog
 
 _MAX_LENGTH_GROUPS = 16
 _WIDTH_STEP = 8
+_UNUSED_SHARE = 8
+"""Rows are rounded up by less than an eighth."""
 
 
 def encode_captions(network: Network, tokens: Int64[Tensor, "T L"], padding: Padding) -> Float[Tensor, "T D"]:
@@ -157,7 +159,8 @@ class _Group:
 class PackedTexts:
     """Rows of all positions of texts [T, L], text by text, the shortest first.
 
-    order: the number of each text. ends: the last row of each.
+    order: the number of each text. ends: the last row of each. num_unused: rows after them that belong to no text, so
+    that batches differ in size less often, and memory of one fits the next.
     """
 
     def __init__(self, tokens: Int64[Tensor, "T L"], lengths: Int64[Tensor, " T"]) -> None:
@@ -165,8 +168,10 @@ class PackedTexts:
         self.lengths = lengths[self.order]
         self.ends = self.lengths.cumsum(0) - 1
         is_used = torch.arange(tokens.shape[1]) < self.lengths[:, None]
-        self.tokens = tokens[self.order][is_used]
-        self.positions = torch.arange(tokens.shape[1]).expand_as(is_used)[is_used]
+        num_rows = int(self.lengths.sum())
+        self.num_unused = -num_rows % max(1, 2 ** (num_rows.bit_length() - 1) // _UNUSED_SHARE)
+        self.tokens = F.pad(tokens[self.order][is_used], (0, self.num_unused))
+        self.positions = F.pad(torch.arange(tokens.shape[1]).expand_as(is_used)[is_used], (0, self.num_unused))
 
     @cached_property
     def groups(self) -> list[_Group]:
@@ -195,7 +200,8 @@ def _attend(module: nn.MultiheadAttention, rows: Float[Tensor, "N W"], packed: P
         queries, keys, values = split_heads(padded, module.num_heads, 3)
         attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         parts.append(_Unpad.apply(attended.transpose(1, 2).flatten(2).flatten(0, 1), group))
-    return F.linear(torch.cat(parts), module.out_proj.weight, module.out_proj.bias)
+    joined = F.pad(torch.cat(parts), (0, 0, 0, packed.num_unused))
+    return F.linear(joined, module.out_proj.weight, module.out_proj.bias)
 
 
 def _attend_from_ends(

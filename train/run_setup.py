@@ -51,6 +51,7 @@ from vlm.models.variants import with_image_size
 from vlm.train.attention import reduce_attention_work
 from vlm.train.averaging import EMA
 from vlm.train.bfloat16 import compute_in_bfloat16
+from vlm.train.caption_packing import packing_tower
 from vlm.train.checkpoint.manager import RemoteCheckpointStore, restore_newest
 from vlm.train.distributed import apply_fsdp, no_gradient_sync
 from vlm.train.drift import DriftGuard, open_drift_guard
@@ -475,9 +476,9 @@ def open_task(
         keep_locked_features(model.network, config.model.locked_features_gb)
     # after locking, before the optimizer sees the parameters: it replaces modules, not weights
     use_per_sample_dropout(model.network, noise)
-    # FSDP's processes take part in each pass of a tower, so all need the same number; parts are there to save memory
-    by_length = model.trims_padding and config.sharding != "fsdp" and not config.micro_batch
-    task = build_task(model, terms, options, by_length=by_length)
+    # FSDP's processes take part in each pass of a tower, so all need the same number; groups of parts take more memory
+    may_skip = config.sharding != "fsdp" and (not config.micro_batch or packing_tower(model.network) is not None)
+    task = build_task(model, terms, options, skip_padding=model.trims_padding and may_skip)
     if any(isinstance(module, nn.MultiheadAttention) for module in task.modules()):
         reduce_attention_work(task.network, config.model, model.device, reads_patches=task.needs_patches)
     return task

@@ -382,7 +382,7 @@ def takes_embeddings(network: nn.Module) -> bool:
 
 
 def build_task(
-    model: VisionLanguageModel, terms: Sequence[WeightedLossTerm], options: LossOptions, *, by_length: bool = False
+    model: VisionLanguageModel, terms: Sequence[WeightedLossTerm], options: LossOptions, *, skip_padding: bool = False
 ) -> TrainingTask:
     """The task of a sum of terms, on the model's device, with fresh heads drawn from torch's global generator.
 
@@ -400,8 +400,8 @@ def build_task(
     if "logit_bias" in outputs and getattr(model.network, "logit_bias", None) is None:
         model.network.register_parameter("logit_bias", nn.Parameter(torch.zeros((), device=model.device)))
     # a captioner's decoder goes on from the states of the whole rows
-    is_grouped = by_length and model.device.type == "cpu" and not is_captioner(model.network)
-    padding = Padding.of(model.tokenizer) if is_grouped else None
+    is_skipped = skip_padding and model.device.type == "cpu" and not is_captioner(model.network)
+    padding = Padding.of(model.tokenizer) if is_skipped else None
     task = TrainingTask(model.network, heads, outputs, options, image_size=model.view.size, padding=padding)
     task.to(model.device)
     freeze_unused_parameters(task, example_inputs(model, task, options), outputs)

@@ -140,8 +140,10 @@ def test_flops_are_those_of_rows_of_like_length(configure):
     counted, whole, padding = flops("grouped")
     assert padding is not None
     assert 0.5 * whole < counted < whole
+    assert open_session(configure("parts", micro_batch=10), resume=False).state.task.padding is not None
     # groups take a tenth more of the memory that parts of a batch are to save
-    assert open_session(configure("parts", micro_batch=10), resume=False).state.task.padding is None
+    grouped = configure("grouped_parts", micro_batch=10, model={"architecture": "timm:test_vit+bag@16"})
+    assert open_session(grouped, resume=False).state.task.padding is None
     counted, whole, padding = flops("padded", trim_text=False)
     assert padding is None
     assert counted == pytest.approx(whole, rel=1e-9)

@@ -256,12 +256,12 @@ def read_value(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
 
 def test_flops_are_those_of_the_width_whatever_is_padding_in_it():
     found: list[float] = []
-    for by_length in (False, True):
+    for skip_padding in (False, True):
         model = model_of("small")
         assert enable_padding_trim(model.network)
         # what reads a value, as Hugging Face's towers do, is counted on a copy with data
         model.network.get_submodule("text").register_forward_hook(read_value)
-        task = build_task(model, parse_objective("clip"), options_of(), by_length=by_length).train()
+        task = build_task(model, parse_objective("clip"), options_of(), skip_padding=skip_padding).train()
         inputs = inputs_of(4)
         inputs["tokens"] = torch.full_like(inputs["tokens"], PAD)
         found.append(FlopCounter(task).of({name: inputs[name] for name in ("pixels", "tokens")}))
@@ -272,4 +272,4 @@ def test_a_captioners_texts_go_together():
     model = model_of("timm:test_vit,image_size=32+cptr:32x2@16")
     assert enable_padding_trim(model.network)
     # else their FLOPs would be counted by length
-    assert build_task(model, parse_objective("caption"), options_of(), by_length=True).padding is None
+    assert build_task(model, parse_objective("caption"), options_of(), skip_padding=True).padding is None
