@@ -133,27 +133,26 @@ def compute_pooled_positions(network: nn.Module, *, image: bool) -> list[str]:
     if image and isinstance(visual, VisionTransformer) and visual.pool_type == "tok" and visual.attn_pool is None:
         pooled["visual"] = None
     if isinstance(text, TextTransformer) and text.cls_emb is None and text.pool_type in ("argmax", "eos"):
-        pooled["text"] = PooledPositions(end=text.eos_id if text.pool_type == "eos" else None)
+        pooled["text"] = PooledPositions()
     return [name for name, positions in pooled.items() if _shorten_last_block(network.get_submodule(name), positions)]
 
 
 @dataclass(eq=False)
 class PooledPositions:
-    """The position of each text that its tower pools, in the pass that runs.
+    """The position of each text that its tower pools, in the pass that runs."""
 
-    end: the token that is pooled; None for the one with the highest number.
-    """
-
-    end: int | None = None
     rows: Int64[Tensor, " B"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def read(self, tower: Any, arguments: tuple[Tensor, ...]) -> None:
         """Find them in the tokens that a tower in training is called with."""
         # tokens of an exported graph, which have no values, must not stay behind
-        if not tower.transformer.resblocks[-1].training:
-            return
-        tokens = arguments[0]
-        self.rows = (tokens if self.end is None else (tokens == self.end).int()).argmax(dim=-1)
+        if tower.transformer.resblocks[-1].training:
+            self.rows = pooled_positions(tower, arguments[0])
+
+
+def pooled_positions(tower: Any, tokens: Int64[Tensor, "T L"]) -> Int64[Tensor, " T"]:
+    """Which position of each text a tower of open_clip pools: that of the end token, or of the highest number."""
+    return ((tokens == tower.eos_id).int() if tower.pool_type == "eos" else tokens).argmax(dim=-1)
 
 
 def _shorten_last_block(tower: Any, pooled: PooledPositions | None) -> bool:

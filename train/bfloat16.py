@@ -73,7 +73,9 @@ def is_computed_in_bfloat16(tensor: Tensor) -> bool:
     """Whether autocast computes products with this tensor in bfloat16 on a CPU that has the instructions."""
     is_cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     is_known = tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
-    return is_cast and is_known and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # builds without oneDNN, as for some ARM processors, lack its operators too
+    has_products = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return is_cast and is_known and has_products
 
 
 def _can_multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

@@ -20,7 +20,13 @@ from typing_extensions import override
 from vlm.data.tokenizers import Padding, text_widths
 from vlm.models.network import Network
 from vlm.tensor_types import Array, Float, Int64, Tensor
-from vlm.train.attention import is_plain_attention, project_queries, project_together, split_heads
+from vlm.train.attention import (
+    is_plain_attention,
+    pooled_positions,
+    project_queries,
+    project_together,
+    split_heads,
+)
 
 _MAX_LENGTH_GROUPS = 16
 _WIDTH_STEP = 8
@@ -118,13 +124,9 @@ class _OneLookup(TorchFunctionMode):
         return self.found[weight][place]
 
 
-def pooled_positions(tower: Any, tokens: Int64[Tensor, "T L"]) -> Int64[Tensor, " T"]:
-    """Which position of each text a tower of open_clip pools; of a causal one nothing after it has any influence."""
-    return ((tokens == tower.eos_id).int() if tower.pool_type == "eos" else tokens).argmax(dim=-1)
-
-
 def encode_packed(tower: Any, tokens: Int64[Tensor, "T L"]) -> Float[Tensor, "T D"]:
     """Embeddings of texts by a tower whose captions can be packed."""
+    # of a causal tower nothing after the pooled position has any influence
     packed = PackedTexts(tokens, pooled_positions(tower, tokens) + 1)
     rows = tower.token_embedding(packed.tokens) + F.embedding(packed.positions, tower.positional_embedding)
     *blocks, last = tower.transformer.resblocks

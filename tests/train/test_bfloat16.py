@@ -165,6 +165,16 @@ def test_other_layers_are_torchs(make: Any, shape, monkeypatch):
             assert torch.equal(layer(inputs), wanted)
 
 
+def test_layers_are_torchs_where_torch_lacks_onednn(monkeypatch):
+    layer, inputs = nn.Linear(24, 8), rounded(2, 24)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(bfloat16, "multiply", None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = layer(inputs)
+        with BFloat16Products():
+            assert torch.equal(layer(inputs), wanted)
+
+
 def test_layers_in_single_precision_are_torchs(monkeypatch):
     layer, inputs = nn.Linear(24, 8), rounded(2, 24)
     wanted = layer(inputs)
