@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vlm.tensor_types import Float, Int64, Tensor
@@ -108,7 +109,10 @@ class _Split(torch.autograd.Function):
         return tuple(part.transpose(1, 2).contiguous() for part in by_head.unbind(2))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Float[Tensor, "B H L D"]) -> tuple[Tensor, None, None]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Float[Tensor, "B H L D"]
+    ) -> tuple[Tensor, None, None]:
         size, heads, length, width = gradients[0].shape
         joined = gradients[0].new_empty(size, length, len(gradients), heads, width)
         for target, gradient in zip(joined.unbind(2), gradients, strict=True):

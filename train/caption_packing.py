@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
@@ -64,8 +65,10 @@ def packing_tower(network: Any) -> Any:
     for block in tower.transformer.resblocks:
         if type(block) is not ResidualAttentionBlock or not is_plain_attention(block.attn):
             return None
-    # hooks would wait in vain for a module that is not called as a whole
-    is_hooked = any(module._forward_hooks for module in (tower, tower.transformer, *tower.transformer.resblocks))
+    # hooks would wait in vain for a module that is not called as a whole; those before a pass are our own
+    blocks: list[Any] = list(tower.transformer.resblocks)
+    uncalled: list[nn.Module] = [tower, tower.transformer, *blocks, *(block.attn for block in blocks)]
+    is_hooked = any(module._forward_hooks or module._backward_hooks for module in uncalled)
     return None if is_hooked else tower
 
 
@@ -104,24 +107,29 @@ class _OneLookup(TorchFunctionMode):
     def __init__(self, texts: Sequence[Tensor]) -> None:
         super().__init__()
         self.texts = texts
-        self.found: dict[Tensor, list[Tensor]] = {}
+        self.found: dict[tuple[Any, ...], list[Tensor]] = {}
 
     @override
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        place = None
-        if func is F.embedding:
-            place = next((place for place, text in enumerate(self.texts) if args[0] is text), None)
+        place = self._place(*args[:2]) if func is F.embedding and len(args) > 1 else None
         if place is None:
             return func(*args, **kwargs)
-        _, weight, *settings = args
-        if weight not in self.found:
-            rows = func(torch.cat([text.flatten() for text in self.texts]), weight, *settings, **kwargs)
+        key = (*args[1:], *kwargs.items())
+        if key not in self.found:
+            rows = func(torch.cat([text.flatten() for text in self.texts]), *args[1:], **kwargs)
             parts = rows.split([text.numel() for text in self.texts])
-            self.found[weight] = [part.unflatten(0, text.shape) for part, text in zip(parts, self.texts, strict=True)]
-        return self.found[weight][place]
+            self.found[key] = [part.unflatten(0, text.shape) for part, text in zip(parts, self.texts, strict=True)]
+        return self.found[key][place]
+
+    def _place(self, tokens: Tensor, weight: Tensor) -> int | None:
+        """Which of the texts these tokens are, or a view of; None for others, and for weights made anew each time."""
+        for place, text in enumerate(self.texts):
+            if weight.is_leaf and tokens.data_ptr() == text.data_ptr() and tokens.shape == text.shape:
+                return place
+        return None
 
 
 def encode_packed(tower: Any, tokens: Int64[Tensor, "T L"]) -> Float[Tensor, "T D"]:
@@ -131,7 +139,7 @@ def encode_packed(tower: Any, tokens: Int64[Tensor, "T L"]) -> Float[Tensor, "T 
     rows = tower.token_embedding(packed.tokens) + F.embedding(packed.positions, tower.positional_embedding)
     *blocks, last = tower.transformer.resblocks
     for block in blocks:
-        rows = rows + block.ls_1(_attend(block.attn, block.ln_1(rows), packed))
+        rows = rows + block.ls_1(_attend_packed(block.attn, block.ln_1(rows), packed))
         rows = rows + block.ls_2(block.mlp(block.ln_2(rows)))
     normed = last.ln_1(rows)
     pooled = rows[packed.ends] + last.ls_1(_attend_from_ends(last.attn, normed, packed))
@@ -143,7 +151,7 @@ def encode_packed(tower: Any, tokens: Int64[Tensor, "T L"]) -> Float[Tensor, "T 
 
 
 @dataclass(frozen=True)
-class _Group:
+class AttentionGroup:
     """Texts that attention sees side by side, padded to one width.
 
     first, end: their rows. source: the row that each of their padded positions is filled from, counted from the first.
@@ -176,10 +184,10 @@ class PackedTexts:
         self.positions = F.pad(torch.arange(tokens.shape[1]).expand_as(is_used)[is_used], (0, self.num_unused))
 
     @cached_property
-    def groups(self) -> list[_Group]:
+    def groups(self) -> list[AttentionGroup]:
         """The texts as attention sees them."""
         widths = -(-self.lengths.numpy() // _WIDTH_STEP) * _WIDTH_STEP
-        groups: list[_Group] = []
+        groups: list[AttentionGroup] = []
         first = 0
         for texts, width in length_groups(widths):
             lengths = self.lengths[texts]
@@ -189,12 +197,14 @@ class PackedTexts:
             source = starts[:, None] + torch.minimum(positions, lengths[:, None] - 1)
             places = (positions < lengths[:, None]).flatten().nonzero()[:, 0]
             end = first + int(lengths.sum())
-            groups.append(_Group(first, end, width, source.flatten(), places, lengths))
+            groups.append(AttentionGroup(first, end, width, source.flatten(), places, lengths))
             first = end
         return groups
 
 
-def _attend(module: nn.MultiheadAttention, rows: Float[Tensor, "N W"], packed: PackedTexts) -> Float[Tensor, "N W"]:
+def _attend_packed(
+    module: nn.MultiheadAttention, rows: Float[Tensor, "N W"], packed: PackedTexts
+) -> Float[Tensor, "N W"]:
     projected = project_together(module, rows)
     parts: list[Tensor] = []
     for group in packed.groups:
@@ -225,22 +235,28 @@ class _Pad(torch.autograd.Function):
     """Rows of a group, padded. No gradient comes back to padding, since attention of real positions leaves it out."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Float[Tensor, "N W"], group: _Group) -> Float[Tensor, "P W"]:
+    def forward(ctx: Any, rows: Float[Tensor, "N W"], group: AttentionGroup) -> Float[Tensor, "P W"]:
         ctx.group = group
         return rows.index_select(0, group.source)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Float[Tensor, "P W"]) -> tuple[Tensor, None]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Float[Tensor, "P W"]
+    ) -> tuple[Tensor, None]:
         return gradients[0].index_select(0, ctx.group.places), None
 
 
 class _Unpad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, padded: Float[Tensor, "P W"], group: _Group) -> Float[Tensor, "N W"]:
+    def forward(ctx: Any, padded: Float[Tensor, "P W"], group: AttentionGroup) -> Float[Tensor, "N W"]:
         ctx.group = group
         return padded.index_select(0, group.places)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Float[Tensor, "N W"]) -> tuple[Tensor, None]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Float[Tensor, "N W"]
+    ) -> tuple[Tensor, None]:
         size, width = len(ctx.group.source), gradients[0].shape[1]
         return gradients[0].new_zeros(size, width).index_copy_(0, ctx.group.places, gradients[0]), None

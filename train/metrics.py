@@ -128,6 +128,8 @@ def _copy(network: nn.Module, device: torch.device) -> nn.Module:
         memo[id(tensor)] = moved
     with _gradients_removed(network):
         copied: Any = copy.deepcopy(network, memo)
+    # in bfloat16 it would be that of the original
+    vars(copied).pop("forward", None)
     # rows count as wide as they are given, whatever of them is padding
     if isinstance(getattr(copied, "padding", None), Padding):
         copied.padding = None

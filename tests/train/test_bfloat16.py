@@ -47,10 +47,41 @@ def test_it_is_about_as_exact_as_torchs_plain_kernel(call, sharpness):
     assert 0 < ours < 3 * torchs < 0.01
 
 
+@pytest.mark.parametrize("offset", [0.0, 16.0])
+def test_what_all_values_have_in_common_does_no_harm(offset):
+    def shifted(dtype: torch.dtype) -> list[Any]:
+        rows = heads(dtype=torch.float32)
+        rows[2] = rows[2].detach() + offset
+        return [row.detach().to(torch.bfloat16).to(dtype).requires_grad_() for row in rows]
+
+    wanted = results(shifted(torch.float32))
+    with BFloat16Products(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert deviation(results(shifted(torch.bfloat16)), wanted) < 0.01
+
+
+def test_long_sequences_have_torchs_fused_attention():
+    seen: list[bool] = []
+
+    class Watched(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is F.scaled_dot_product_attention:
+                seen.append(torch.backends.cuda.flash_sdp_enabled())
+            return func(*args, **(kwargs or {}))
+
+    rows: list[Any] = [torch.randn(1, 1, 129, 8).to(torch.bfloat16) for _ in range(3)]
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", dtype=torch.bfloat16), Watched(), BFloat16Products():
+        F.scaled_dot_product_attention(*rows)
+        short: list[Any] = [row[:, :, :128] for row in rows]
+        F.scaled_dot_product_attention(*short, dropout_p=0.5)
+    assert seen == [True, False]
+
+
 @pytest.mark.parametrize(
     "call",
     [
         {"attn_mask": torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(-1)},  # a row with nothing to attend to
+        {"attn_mask": torch.full((LENGTH, LENGTH), -torch.inf).tril(-1)},
+        {"attn_mask": torch.zeros(LENGTH, LENGTH, requires_grad=True)},
         {"attn_mask": CAUSAL.expand(4, 1, -1, -1)},
         {"dropout_p": 0.5},
     ],
@@ -117,8 +148,8 @@ def test_a_layer_is_as_exact_as_autocasts_and_its_own(make: Any, shape, dtype, m
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torchs = layer_results(layer, inputs.to(dtype), takes_gradient=takes_gradient)
         calls: list[int] = []
-        multiply = bfloat16.multiply
-        monkeypatch.setattr(bfloat16, "multiply", lambda *arguments: calls.append(1) or multiply(*arguments))
+        apply = bfloat16._Product.apply
+        monkeypatch.setattr(bfloat16._Product, "apply", lambda *arguments: calls.append(1) or apply(*arguments))
         with BFloat16Products():
             ours = layer_results(layer, inputs.to(dtype), takes_gradient=takes_gradient)
     assert calls == [1]
@@ -129,6 +160,51 @@ def test_a_layer_is_as_exact_as_autocasts_and_its_own(make: Any, shape, dtype, m
             assert one.shape == other.shape
             assert (one.float() - exact).norm() <= 1.1 * (other.float() - exact).norm() + 1e-6 * exact.norm()
             assert one.stride() == other.stride() or one.ndim == 4
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(24, 8), (5, 24)), (nn.Linear(24, 8), (5, 7, 24)), (nn.Conv2d(3, 8, 4, 4), (5, 3, 8, 8))],
+)
+def test_what_a_layer_gives_can_be_changed_in_place(layer, shape):
+    inputs = rounded(*shape)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = F.relu(layer(inputs))
+        with BFloat16Products():
+            found = F.relu(layer(inputs), inplace=True)
+    torch.testing.assert_close(found, wanted)
+    found.sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+
+
+def test_a_weight_is_rounded_once_in_a_pass():
+    layer = nn.Linear(64, 64)
+    kept: set[int] = set()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape == layer.weight.shape:
+            kept.add(tensor.data_ptr())
+        return tensor
+
+    watched = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with watched, BFloat16Products(), torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(layer(rounded(5, 64)))
+    assert len(kept) == 1
+
+
+def test_a_second_derivative_is_refused():
+    layer = nn.Linear(24, 8)
+    with BFloat16Products(), torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = layer(rounded(5, 24)).float().square().sum()
+    (gradient,) = torch.autograd.grad(loss, layer.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_a_layer_called_by_keywords_is_torchs():
+    inputs, weight = rounded(5, 24), rounded(8, 24)
+    with BFloat16Products(), torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(F.linear(input=inputs, weight=weight), F.linear(inputs, weight))
 
 
 def test_frozen_weights_get_no_gradient_and_rows_none_where_none_is_needed():
@@ -158,7 +234,7 @@ def test_frozen_weights_get_no_gradient_and_rows_none_where_none_is_needed():
 def test_other_layers_are_torchs(make: Any, shape, monkeypatch):
     layer = make()
     inputs = rounded(*shape).to(next(layer.parameters()).dtype)
-    monkeypatch.setattr(bfloat16, "multiply", None)
+    monkeypatch.setattr(bfloat16._Product, "apply", None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         wanted = layer(inputs)
         with BFloat16Products():
@@ -168,7 +244,8 @@ def test_other_layers_are_torchs(make: Any, shape, monkeypatch):
 def test_layers_are_torchs_where_torch_lacks_onednn(monkeypatch):
     layer, inputs = nn.Linear(24, 8), rounded(2, 24)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    monkeypatch.setattr(bfloat16, "multiply", None)
+    monkeypatch.setattr(bfloat16, "has_bfloat16_products", bfloat16.has_bfloat16_products.__wrapped__)
+    monkeypatch.setattr(bfloat16._Product, "apply", None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         wanted = layer(inputs)
         with BFloat16Products():
@@ -178,7 +255,7 @@ def test_layers_are_torchs_where_torch_lacks_onednn(monkeypatch):
 def test_layers_in_single_precision_are_torchs(monkeypatch):
     layer, inputs = nn.Linear(24, 8), rounded(2, 24)
     wanted = layer(inputs)
-    monkeypatch.setattr(bfloat16, "multiply", None)
+    monkeypatch.setattr(bfloat16._Product, "apply", None)
     with BFloat16Products():
         assert torch.equal(layer(inputs), wanted)
 

@@ -126,9 +126,13 @@ def test_hooks_of_a_tower_are_called():
     assert enable_padding_trim(network)
     compute_pooled_positions(network, image=True)
     assert packing_tower(network) is not None
-    network.text.register_forward_hook(lambda *_: calls.append(1))
+    hook = network.text.register_forward_hook(lambda *_: calls.append(1))
     encode_captions(network, tokens, NO_PADDING)
     assert calls
+    hook.remove()
+    assert packing_tower(network) is not None
+    network.text.transformer.resblocks[0].register_full_backward_hook(lambda *_: None)
+    assert packing_tower(network) is None
 
 
 @pytest.mark.parametrize("name", ["micro", "timm:test_vit+bag@16"])
@@ -152,6 +156,16 @@ def test_texts_by_length_are_looked_up_once(monkeypatch):
     monkeypatch.setattr(torch, "embedding", count)
     encode_by_length(network, tokens, NO_PADDING)
     assert calls == [END + 1]
+
+    class Reshaping(torch.nn.Module):
+        """As some towers of Hugging Face look up their tokens."""
+
+        def encode_text(self, text: torch.Tensor) -> torch.Tensor:
+            return network.text(text.view(-1, text.shape[-1]))
+
+    reshaping: Any = Reshaping()
+    encode_by_length(reshaping, tokens, NO_PADDING)
+    assert calls == [END + 1, END + 1]
 
 
 def test_packed_rows_are_those_before_the_pooled_position_shortest_first():
