@@ -464,11 +464,16 @@ def trim_tokens(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def text_widths(tokens: Int64[Array, "T L"], padding: Padding) -> Int64[Array, " T"]:
-    """How many positions of each row are enough: up to its last token, rounded up so that few widths occur."""
+    """How many positions of each row are enough: up to its last token, rounded up."""
     used = tokens != padding.token
     lengths = np.where(used.any(axis=1), tokens.shape[1] - used[:, ::-1].argmax(axis=1), 1)
     lengths += padding.is_end
-    return np.minimum(-(-lengths // _WIDTH_STEP) * _WIDTH_STEP, tokens.shape[1])
+    return np.minimum(round_widths(lengths), tokens.shape[1])
+
+
+def round_widths(lengths: Int64[Array, " T"]) -> Int64[Array, " T"]:
+    """Lengths of texts rounded up to a multiple of 8, so that few widths occur."""
+    return -(-lengths // _WIDTH_STEP) * _WIDTH_STEP
 
 
 def _pad_rows(texts: Iterable[list[int]], tokenizer: Tokenizer) -> np.ndarray:

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from vlm.data.tokenizers import Padding, text_widths
+from vlm.data.tokenizers import Padding, round_widths, text_widths
 from vlm.models.network import Network
 from vlm.tensor_types import Array, Float, Int64, Tensor
 from vlm.train.attention import (
@@ -30,7 +29,6 @@ from vlm.train.attention import (
 )
 
 _MAX_LENGTH_GROUPS = 16
-_WIDTH_STEP = 8
 _UNUSED_SHARE = 8
 """Rows are rounded up by less than an eighth."""
 
@@ -186,10 +184,9 @@ class PackedTexts:
     @cached_property
     def groups(self) -> list[AttentionGroup]:
         """The texts as attention sees them."""
-        widths = -(-self.lengths.numpy() // _WIDTH_STEP) * _WIDTH_STEP
         groups: list[AttentionGroup] = []
         first = 0
-        for texts, width in length_groups(widths):
+        for texts, width in length_groups(round_widths(self.lengths.numpy())):
             lengths = self.lengths[texts]
             positions = torch.arange(width)
             starts = lengths.cumsum(0) - lengths
@@ -208,10 +205,10 @@ def _attend_packed(
     projected = project_together(module, rows)
     parts: list[Tensor] = []
     for group in packed.groups:
-        padded = _Pad.apply(projected[group.first : group.end], group).unflatten(0, (-1, group.width))
+        padded = _pad(projected, group)
         queries, keys, values = split_heads(padded, module.num_heads, 3)
         attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        parts.append(_Unpad.apply(attended.transpose(1, 2).flatten(2).flatten(0, 1), group))
+        parts.append(attended.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, group.places))
     joined = F.pad(torch.cat(parts), (0, 0, 0, packed.num_unused))
     return F.linear(joined, module.out_proj.weight, module.out_proj.bias)
 
@@ -224,39 +221,14 @@ def _attend_from_ends(
     parts: list[Tensor] = []
     texts = queries.split([len(group.lengths) for group in packed.groups])
     for group, of_group in zip(packed.groups, texts, strict=True):
-        padded = _Pad.apply(projected[group.first : group.end], group).unflatten(0, (-1, group.width))
+        padded = _pad(projected, group)
         keys, values = split_heads(padded, module.num_heads, 2)
         is_used = (torch.arange(group.width) < group.lengths[:, None])[:, None, None]
         parts.append(F.scaled_dot_product_attention(of_group, keys, values, is_used).flatten(1))
     return F.linear(torch.cat(parts), module.out_proj.weight, module.out_proj.bias)
 
 
-class _Pad(torch.autograd.Function):
-    """Rows of a group, padded. No gradient comes back to padding, since attention of real positions leaves it out."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Float[Tensor, "N W"], group: AttentionGroup) -> Float[Tensor, "P W"]:
-        ctx.group = group
-        return rows.index_select(0, group.source)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *gradients: Float[Tensor, "P W"]
-    ) -> tuple[Tensor, None]:
-        return gradients[0].index_select(0, ctx.group.places), None
-
-
-class _Unpad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, padded: Float[Tensor, "P W"], group: AttentionGroup) -> Float[Tensor, "N W"]:
-        ctx.group = group
-        return padded.index_select(0, group.places)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *gradients: Float[Tensor, "N W"]
-    ) -> tuple[Tensor, None]:
-        size, width = len(ctx.group.source), gradients[0].shape[1]
-        return gradients[0].new_zeros(size, width).index_copy_(0, ctx.group.places, gradients[0]), None
+def _pad(rows: Float[Tensor, "N W"], group: AttentionGroup) -> Float[Tensor, "T L W"]:
+    """The rows of a group, padded; its attention leaves padding out, so no gradient comes back from there."""
+    padded = rows[group.first : group.end].index_select(0, group.source)
+    return padded.unflatten(0, (-1, group.width))

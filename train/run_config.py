@@ -287,7 +287,7 @@ class LoaderConfig:
         bool,
         tyro.conf.arg(help="Always pad captions to the full context length.", help_behavior_hint="(default: False)"),
     ] = True
-    """Pad captions to the batch's longest (on a CPU, undivided, of like length) if vectors stay; not if compiled."""
+    """Pad captions to the batch's longest (on a CPU less, or nothing) if vectors stay; not if compiled."""
 
 
 @dataclass(frozen=True, kw_only=True)

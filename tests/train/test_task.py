@@ -12,9 +12,10 @@ from vlm.data.tokenizers import open_tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.models.model import VisionLanguageModel, build_network, enable_padding_trim, model_config
+from vlm.train.bfloat16 import compute_in_bfloat16
 from vlm.train.metrics import FlopCounter
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, LossOptions
-from vlm.train.run_config import ObjectiveConfig
+from vlm.train.run_config import ModelConfig, ObjectiveConfig
 from vlm.train.task import LOSS_TERMS, OUTPUT_HEADS, TrainingTask, build_task, parse_objective
 
 SIZE, LENGTH, PAD = 32, 24, 0
@@ -265,6 +266,22 @@ def test_flops_are_those_of_the_width_whatever_is_padding_in_it():
         inputs = inputs_of(4)
         inputs["tokens"] = torch.full_like(inputs["tokens"], PAD)
         found.append(FlopCounter(task).of({name: inputs[name] for name in ("pixels", "tokens")}))
+    assert found[0] == found[1] > 0
+
+
+def test_flops_in_bfloat16_are_those_of_a_copy_of_the_network():
+    found: list[float] = []
+    for is_rounded in (False, True):
+        model = model_of("small")
+        assert enable_padding_trim(model.network)
+        # counted on a copy with data
+        model.network.get_submodule("text").register_forward_hook(read_value)
+        task = build_task(model, parse_objective("clip"), options_of()).train()
+        if is_rounded:
+            compute_in_bfloat16(task, torch.device("cpu"), ModelConfig())
+        inputs = inputs_of(4)
+        found.append(FlopCounter(task).of({name: inputs[name] for name in ("pixels", "tokens")}))
+        assert all(weight.grad is None for weight in task.parameters())
     assert found[0] == found[1] > 0
 
 
