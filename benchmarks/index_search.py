@@ -4,6 +4,7 @@
     benchmarks/run index_search [--rows 200000 --dimension 192] [--json]
     benchmarks/run index_search --images EMBEDDINGS --texts EMBEDDINGS
     benchmarks/run index_search --rows 1000000 --patches-of MODEL --shards SHARDS --texts EMBEDDINGS
+                                [--link-texts EMBEDDINGS]
 
 Like is compared with like: the index that our autotuner chooses with autofaiss and with bare FAISS of the same
 parameters, our `hnsw` with the graphs of others, each at the least ef that reaches the recall on the same tuning
@@ -33,7 +34,7 @@ from vlm.index.autotune.query_sampling import exact_scores
 from vlm.tensor_types import Array, Float32
 
 sys.path.insert(0, str(Path(__file__).parent))
-from parts.index_vectors import draw_vectors, halves, read_vectors, write_vectors
+from parts.index_vectors import draw_vectors, halves, read_texts, read_vectors, write_vectors
 from parts.isolated_environment import AUTOFAISS, own_python
 from parts.measure_process import Side
 from parts.messages import say
@@ -64,6 +65,12 @@ class Arguments:
 
     texts: Path | None = None
     """Embeddings folder of texts, by the same model."""
+
+    link_texts: Path | None = None
+    """Embeddings folder of other texts, whose answers our `hnsw` links; the graphs of others cannot."""
+
+    language: str | None = None
+    """Only texts of captions in this language, as the shards name it; "" for captions without one. None: all."""
 
     patches_of: str = ""
     """MODEL that embeds patches of random crops of the photos in `shards`, instead of --images."""
@@ -129,6 +136,7 @@ def run(arguments: Arguments) -> None:
 
 def _made_from(arguments: Arguments) -> dict[str, str]:
     names = ("rows", "dimension", "questions", "seed", "decay", "images", "texts", "patches_of", "shards")
+    names += ("link_texts", "language")
     return {name: str(getattr(arguments, name)) for name in names}
 
 
@@ -159,7 +167,7 @@ def _write(arguments: Arguments, folder: Path) -> tuple[int, int]:
         raise UsageError("Give --images and --texts, or --patches-of, --shards and --texts, or none of them.")
     if arguments.texts:
         rows = _embedded_rows(arguments)
-        planned, asked = halves(arguments.texts, arguments.questions, seed=arguments.seed)
+        planned, asked = halves(arguments.texts, arguments.questions, seed=arguments.seed, language=arguments.language)
     else:
         rows, texts = draw_vectors(
             arguments.rows, arguments.questions, arguments.dimension, seed=arguments.seed, decay=arguments.decay
@@ -175,6 +183,8 @@ def _write(arguments: Arguments, folder: Path) -> tuple[int, int]:
     np.save(folder / "truth.npy", exact_scores([rows], asked, 100))
     np.save(folder / "planned.npy", planned)
     np.save(folder / "planned_truth.npy", exact_scores([rows], planned, 100))
+    if arguments.link_texts:
+        np.save(folder / "linking.npy", read_texts(arguments.link_texts, arguments.language))
     # last: without it, what lies there was not finished
     write_text(folder / _MADE_FROM, json.dumps(_made_from(arguments)))
     return len(rows), rows.shape[1]

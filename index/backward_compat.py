@@ -24,7 +24,7 @@ from vlm.index.ann.index_types import TuningParams, fall_back_to_flat
 from vlm.index.catalog import write_catalogue
 from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace
 from vlm.index.ids import UID_COLUMN
-from vlm.index.index_files import FIRST_VERSION, IndexDetails, catalogue_file
+from vlm.index.index_files import FIRST_VERSION, IndexDetails, catalogue_file, write_link_queries
 from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.segments import WrittenSegment, write_segment
 from vlm.index.writer import iter_live_blocks
@@ -459,13 +459,30 @@ def _require_old_space(snapshot: IndexSnapshot, head: CompatibilityProjection) -
 
 
 def _write_rows(folder: Path, snapshot: IndexSnapshot, head: CompatibilityProjection) -> WrittenSegment:
+    extra = head.dimension - head.old_dimension
+    # padded queries of the old model have the answers that they had
+    link_queries = snapshot.link_queries()
+    if link_queries is not None:
+        (link_queries,) = _padded([link_queries], extra)
+
     def write(kind: str, tuning: TuningParams) -> WrittenSegment:
-        blocks = chain(*map(iter_live_blocks, snapshot.views))
-        padded = _padded(blocks, head.dimension - head.old_dimension)
-        return write_segment(folder, 0, padded, snapshot.rows, dimension=head.dimension, kind=kind, tuning=tuning)
+        padded = _padded(chain(*map(iter_live_blocks, snapshot.views)), extra)
+        return write_segment(
+            folder,
+            0,
+            padded,
+            snapshot.rows,
+            dimension=head.dimension,
+            kind=kind,
+            tuning=tuning,
+            link_queries=link_queries,
+        )
 
     details = snapshot.details
-    return fall_back_to_flat(write, details.kind, len(snapshot), TuningParams(**details.tuning))
+    written = fall_back_to_flat(write, details.kind, len(snapshot), TuningParams(**details.tuning))
+    if link_queries is None:
+        return written
+    return replace(written, files=written.files | write_link_queries(folder, link_queries))
 
 
 def _padded(blocks: Iterable[Float[Array, "_ D"]], extra: int) -> Iterator[Float[Array, "_ S"]]:

@@ -14,21 +14,23 @@ from typing import Any
 
 import numpy as np
 
-from vlm.errors import VlmError
+from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder, check_not_exists, compute_fingerprint, json_text
-from vlm.index.ann.index_types import TuningParams, resolve_index_type, search_params_dict
+from vlm.index.ann.faiss_search import to_float32
+from vlm.index.ann.index_types import INDEX_TYPES, TuningParams, resolve_index_type, search_params_dict
 from vlm.index.autotune.autotune_report import PLOT, draw_plan
 from vlm.index.autotune.autotuner import MAX_ROWS, Plan, VerificationResult, autotune, retune, verify_plan
 from vlm.index.autotune.search_params import SearchParams
 from vlm.index.autotune.trial import TuningTarget
 from vlm.index.catalog import write_catalogue
-from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace
+from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, find_non_unit_rows
 from vlm.index.ids import UID_COLUMN, choose_uid_column, with_uid_of
-from vlm.index.index_files import FIRST_VERSION, IndexDetails, catalogue_file
+from vlm.index.index_files import FIRST_VERSION, IndexDetails, catalogue_file, write_link_queries
 from vlm.index.reader import Index
 from vlm.index.segments import WrittenSegment, iter_stored_blocks, write_segment
-from vlm.manifest import Manifest, write_manifest
+from vlm.manifest import FileRecord, Manifest, write_manifest
 from vlm.results import Result
+from vlm.tensor_types import Array, Float
 
 logger = logging.getLogger(__name__)
 
@@ -88,17 +90,19 @@ def build_index(
     *,
     kind: str = "auto",
     tuning: TuningParams | None = None,
+    link_queries: Float[Array, "Q D"] | None = None,
     uid_column: str | None = None,
     evidence: dict[str, Any] | None = None,
 ) -> BuildSummary:
     """Build an index of a finished embeddings folder, whose checksums are verified.
 
     kind: one of `INDEX_TYPES`, or auto (`resolve_index_type`). evidence: why this type, plain values for the manifest.
+    link_queries: as of `write_segment`; the index of a graph keeps them for later compactions.
     uid_column: as of `choose_uid_column`.
     The folder is written under another name and renamed at the end.
 
     Raises:
-        UsageError: `out` exists, the embeddings are unfinished, or the index type does not fit them.
+        UsageError: `out` exists, the embeddings are unfinished, or the index type or link queries do not fit them.
         VlmError: the embeddings are damaged, or the disk is full or cannot be written.
     """
     started = time.perf_counter()
@@ -108,6 +112,10 @@ def build_index(
     resolved_kind = resolve_index_type(kind, len(source))
     if kind != resolved_kind:
         logger.info(f"{len(source):,} rows: a {resolved_kind} index.")
+    if link_queries is not None:
+        _check_link_queries(link_queries, source.dimension)
+        # as they are kept, so that a compaction finds the same links
+        link_queries = link_queries.astype(np.float16)
     column = choose_uid_column(source.origins, uid_column)
     if column and uid_column is None:
         logger.info(f"Uids are the names of the image files ({column}); another column: --uid-column.")
@@ -118,6 +126,7 @@ def build_index(
                 source,
                 resolved_kind,
                 tuning or TuningParams(),
+                link_queries=link_queries,
                 requested_kind=kind,
                 uid_column=column,
                 evidence=evidence or {},
@@ -135,6 +144,14 @@ def build_index(
         bytes=num_bytes,
         seconds=time.perf_counter() - started,
     )
+
+
+def _check_link_queries(queries: Float[Array, "..."], dimension: int) -> None:
+    if queries.ndim != 2 or queries.shape[1] != dimension:
+        raise UsageError(f"link_queries has the shape {queries.shape}; (queries, {dimension}) is needed.")
+    wrong, lengths = find_non_unit_rows(to_float32(queries))
+    if len(wrong):
+        raise UsageError(f"link_queries[{wrong[0]}] has length {lengths[0]:.4g}; normalise all of them to 1.")
 
 
 def create_index(out: Path, space: EmbeddingSpace, *, kind: str = "auto") -> None:
@@ -190,7 +207,8 @@ def build_autotuned(
     The recall-latency plot is written into the index folder. A finished index that misses its target is kept:
     `AutotunedBuild.check_target` raises.
 
-    texts, images: embeddings to query with, see `autotune`. kind: the only index type to try, or auto for all of them.
+    texts, images: embeddings to query with, see `autotune`; a graph gets links from those of them that recall is not
+        measured with. kind: the only index type to try, or auto for all of them.
     max_rows: rows of the sample. uid_column: as of `choose_uid_column`. on_plan: called with the plan before the index
         is built, which may take long.
 
@@ -215,7 +233,13 @@ def build_autotuned(
     if on_plan is not None:
         on_plan(plan)
     summary = build_index(
-        embeddings, out, kind=plan.kind, tuning=plan.tuning, uid_column=uid_column, evidence=plan.evidence
+        embeddings,
+        out,
+        kind=plan.kind,
+        tuning=plan.tuning,
+        link_queries=plan.link_queries,
+        uid_column=uid_column,
+        evidence=plan.evidence,
     )
     # not named by the manifest: no search needs it, and nobody misses it in a check
     draw_plan(plan, out / PLOT)
@@ -239,6 +263,7 @@ def _write_index(
     kind: str,
     tuning: TuningParams,
     *,
+    link_queries: Float[Array, "Q D"] | None,
     requested_kind: str,
     uid_column: str,
     evidence: dict[str, Any],
@@ -246,9 +271,20 @@ def _write_index(
     """Write the first version of an index: segment, catalogue, and the manifest last."""
     rows = np.arange(len(source))
     catalogue = catalogue_file(FIRST_VERSION)
+    files: dict[str, FileRecord] = {}
+    if link_queries is not None and len(link_queries) and INDEX_TYPES[kind].is_graph:
+        files = write_link_queries(folder, link_queries)
     written = write_segment(
-        folder, 0, iter_stored_blocks(source), rows, dimension=source.dimension, kind=kind, tuning=tuning
+        folder,
+        0,
+        iter_stored_blocks(source),
+        rows,
+        dimension=source.dimension,
+        kind=kind,
+        tuning=tuning,
+        link_queries=link_queries,
     )
+    written = replace(written, files=written.files | files)
     # a generator: the origins of all rows need not be in memory together
     origins = (with_uid_of(origin, uid_column) for origin in source.origins())
     write_catalogue(folder / catalogue, enumerate(origins), generation=FIRST_VERSION)

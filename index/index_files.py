@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 
 from vlm.errors import UsageError, VlmError
+from vlm.files import atomic_write
 from vlm.index.embeddings_folder import EmbeddingSpace
-from vlm.manifest import MANIFEST, Manifest, damage_as_error, read_manifest
+from vlm.manifest import MANIFEST, FileRecord, Manifest, damage_as_error, read_manifest, record_file
+from vlm.tensor_types import Array, Float, Float16
 
 LAYOUT = 2
 SEGMENTS = "segments"
 TOMBSTONES = "tombstones"
 VERSIONS = "versions"
 MAPS = "maps"
+LINK_QUERIES = "link-queries.npy"
+_NPY_HEADER_BYTES = 128
 METRIC = "inner product of unit vectors"
 FIRST_VERSION = 1
 REBUILD_HINT = "build the index again with vlm index build"
@@ -228,6 +232,26 @@ def open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarra
         )
     # as a plain array: each operation on np.memmap runs Python code, which costs microseconds
     return np.asarray(array)
+
+
+def write_link_queries(folder: Path, queries: Float[Array, "Q D"]) -> dict[str, FileRecord]:
+    """Keep the queries whose answers a graph links, as float16; gives the file's record by its name."""
+    with atomic_write(folder / LINK_QUERIES) as file:
+        np.save(file, queries.astype(np.float16), allow_pickle=False)
+    return {LINK_QUERIES: record_file(folder / LINK_QUERIES)}
+
+
+def read_link_queries(folder: Path, manifest: Manifest, dimension: int) -> Float16[Array, "Q D"] | None:
+    """The queries whose answers the graph of this index links, whichever its type is now; None: there are none.
+
+    Raises:
+        VlmError: they are damaged.
+    """
+    if LINK_QUERIES not in manifest.files:
+        return None
+    # numpy's header of a matrix
+    count = (manifest.files[LINK_QUERIES].bytes - _NPY_HEADER_BYTES) // (2 * dimension)
+    return open_array(folder / LINK_QUERIES, np.dtype(np.float16), (count, dimension))
 
 
 def read_previous(folder: Path, manifest: Manifest) -> Manifest | None:

@@ -28,10 +28,10 @@ from vlm.index.engine_base import (
     SegmentInfo,
     manifest_stamp,
 )
-from vlm.index.index_files import REBUILD_HINT, IndexDetails, Segment, open_array, read_previous
+from vlm.index.index_files import REBUILD_HINT, IndexDetails, Segment, open_array, read_link_queries, read_previous
 from vlm.index.segments import SegmentReader, SegmentView, nearest
 from vlm.manifest import FileRecord, Manifest, check_files, read_manifest
-from vlm.tensor_types import Array, Float32, Int64
+from vlm.tensor_types import Array, Float16, Float32, Int64
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,10 @@ class IndexSnapshot(EngineSnapshot):
     catalogue: Catalogue
     views: tuple[SegmentView, ...]
     dead: Int64[Array, " N"]
+
+    def link_queries(self) -> Float16[Array, "Q D"] | None:
+        """The queries whose answers its graph links (`index_files.read_link_queries`)."""
+        return read_link_queries(self.folder, self.manifest, self.details.space.dimension)
 
     def _list_rows(self) -> Int64[Array, " N"]:
         # those of a single segment are mapped, unless some of them are deleted

@@ -15,7 +15,7 @@ The search plan, which never returns fewer results than there are:
 - A query for which FAISS finds too few rows is answered by comparing all of them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import ceil, sqrt
@@ -43,13 +43,15 @@ from vlm.index.ann.faiss_search import (
     to_float32,
 )
 from vlm.index.ann.gpu import MAX_GPU_RESULTS, gpu_unsupported_reason
+from vlm.index.ann.graph_links import link_answers
 from vlm.index.ann.index_types import INDEX_TYPES, IndexType, TuningParams, fill_index
+from vlm.index.duplicate_rows import DuplicateRows, find_duplicate_rows
 from vlm.index.embeddings_folder import Embeddings, find_non_unit_rows, normalize_rows, open_vectors
 from vlm.index.engine_base import ScoredRows
 from vlm.index.index_files import REBUILD_HINT, FailPoint, Segment, no_failpoint, open_array, segment_file
 from vlm.index.row_bitmaps import all_bits, bits_at, pack_bits, row_id_blocks, unpack_bits
 from vlm.manifest import FileRecord, record_file
-from vlm.tensor_types import Array, Bool, Float, Float16, Float32, Int64, UInt8, UInt64
+from vlm.tensor_types import Array, Bool, Float, Float16, Float32, Int64, UInt8
 
 if TYPE_CHECKING:
     import faiss
@@ -59,10 +61,6 @@ AllowedRows = Int64[Array, " N"] | BitMap
 """Rows as an ascending array, or as a set, which takes an eighth of the memory or less."""
 
 _ROWS_AT_ONCE = 65_536
-# values of a row that are compared first; of other rows than copies, few agree in all of them
-_FIRST_VALUES = 16
-_HASHED_AT_ONCE = 8192
-_NOT_REPEATED = -1
 
 
 class Vectors:
@@ -158,6 +156,7 @@ def write_segment(
     dimension: int,
     kind: str,
     tuning: TuningParams,
+    link_queries: Float[Array, "Q D"] | None = None,
     failpoint: FailPoint = no_failpoint,
 ) -> WrittenSegment:
     """Write the files of a segment, each atomically: the rows first, then the FAISS index trained on them.
@@ -165,6 +164,7 @@ def write_segment(
     Args:
         blocks: unit vectors, as many as `rows`.
         rows: the catalogue's row of each, ascending.
+        link_queries: of unit length, whose answers a graph links (`graph_links.link_answers`); others ignore them.
 
     Raises:
         UsageError: the index type does not fit the rows.
@@ -185,6 +185,8 @@ def write_segment(
     prepared = INDEX_TYPES[kind](Vectors(vectors_path, len(rows), dimension), tuning, gpu)
     duplicates = find_duplicate_rows(Vectors(vectors_path, len(rows), dimension).stored)
     _add_all(prepared.index, INDEX_TYPES[kind], Vectors(vectors_path, len(rows), dimension), gpu)
+    if link_queries is not None and INDEX_TYPES[kind].is_graph:
+        link_answers(prepared.index, link_queries, is_shown=len(rows) >= _MIN_ROWS_FOR_PROGRESS)
     segment = Segment(
         number=number,
         kind=kind,
@@ -585,116 +587,3 @@ def _top_of_block(scores: Float32[Array, "Q N"], rows: Int64[Array, "Q N"], top:
         return _sort_by_score(scores, rows, top)
     highest = np.argpartition(-scores, top - 1, axis=1)[:, :top]
     return np.take_along_axis(scores, highest, axis=1), np.take_along_axis(rows, highest, axis=1)
-
-
-# Of rows with equal scores FAISS keeps any at the end of its results, a graph reaches only some of many equal rows, and
-# codes are cut off in the middle of a group. So rows that are equal in every bit are told apart from the search, when a
-# segment is written: all of a group are results, or those with the lowest numbers, if one is.
-
-
-def find_duplicate_rows(rows: Float16[Array, "N D"]) -> Int64[Array, "M 2"]:
-    """The position of each row that occurs more than once, ascending, and the position of the first row like it."""
-    # all rows by their first values, then what is left by all values: most rows are read in part only
-    candidates = _repeated(_hashes(rows[:, :_FIRST_VALUES]))
-    if not len(candidates):
-        return np.zeros((0, 2), np.int64)
-    hashes = _hashes(rows, candidates)
-    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
-    leaders = candidates[first[group]]
-    # two rows of one hash are nearly always equal, but not always
-    is_equal = np.ones(len(candidates), bool)
-    for begin in range(0, len(candidates), _HASHED_AT_ONCE):
-        block = slice(begin, begin + _HASHED_AT_ONCE)
-        is_equal[block] = (_bits(rows[candidates[block]]) == _bits(rows[leaders[block]])).all(axis=1)
-    candidates, leaders = candidates[is_equal], leaders[is_equal]
-    is_repeated = np.bincount(leaders)[leaders] > 1
-    return np.stack([candidates[is_repeated], leaders[is_repeated]], axis=1)
-
-
-def _bits(rows: Float16[Array, "N D"]) -> np.ndarray:
-    return np.ascontiguousarray(rows).view(np.uint16)
-
-
-def _hashes(rows: Float16[Array, "N D"], positions: Int64[Array, " M"] | None = None) -> UInt64[Array, " M"]:
-    """A hash of each row, or of those at the positions."""
-    count = len(rows) if positions is None else len(positions)
-    # odd numbers, so that no bit of a value is lost in the product
-    factors = np.random.default_rng(0).integers(0, 2**63, rows.shape[1], np.uint64) * np.uint64(2) + np.uint64(1)
-    hashes = np.zeros(count, np.uint64)
-    for begin in range(0, count, _HASHED_AT_ONCE):
-        block = slice(begin, begin + _HASHED_AT_ONCE)
-        values = _bits(rows[block] if positions is None else rows[positions[block]])
-        hashes[block] = values.astype(np.uint64) @ factors
-    return hashes
-
-
-def _repeated(hashes: UInt64[Array, " N"]) -> Int64[Array, " M"]:
-    """The positions of the hashes that occur more than once, ascending."""
-    order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    is_same = ordered[1:] == ordered[:-1]
-    is_repeated = np.zeros(len(hashes), bool)
-    is_repeated[order[1:]] = is_same
-    is_repeated[order[:-1]] |= is_same
-    return np.flatnonzero(is_repeated)
-
-
-Allows = Callable[[Int64[Array, " N"]], Bool[Array, " N"]]
-"""Which of some positions may be results."""
-
-
-class DuplicateRows:
-    """The groups of equal rows of a segment, as `find_duplicate_rows` gives them."""
-
-    def __init__(self, table: Int64[Array, "M 2"]) -> None:
-        self._positions = np.ascontiguousarray(table[:, 0])
-        self._leaders = np.ascontiguousarray(table[:, 1])
-        # stable: the members of each group stay in ascending order
-        order = np.argsort(self._leaders, kind="stable")
-        self._members = self._positions[order]
-        self._member_leaders = self._leaders[order]
-
-    def leaders_of(self, positions: Int64[Array, "*shape"]) -> Int64[Array, "*shape"]:
-        """The first row equal to each; -1 for rows that occur once."""
-        places = np.minimum(np.searchsorted(self._positions, positions), len(self._positions) - 1)
-        return np.where(self._positions[places] == positions, self._leaders[places], _NOT_REPEATED)
-
-    def complete(
-        self, scores: Float32[Array, "Q K"], positions: Int64[Array, "Q K"], allows: Allows
-    ) -> tuple[Float32[Array, "Q K"], Int64[Array, "Q K"]]:
-        """Results with all equals of those that are there, best first, ties by position, cut to as many as there were.
-
-        positions: -1 where nothing was found. allows: which positions may be results.
-        """
-        leaders = self.leaders_of(positions)
-        has_duplicates = (leaders >= 0).any(axis=1)
-        if not has_duplicates.any():
-            return scores, positions
-        scores, positions = scores.copy(), positions.copy()
-        for query in np.flatnonzero(has_duplicates).tolist():
-            scores[query], positions[query] = self._complete(scores[query], positions[query], leaders[query], allows)
-        return scores, positions
-
-    def _complete(
-        self,
-        scores: Float32[Array, " K"],
-        positions: Int64[Array, " K"],
-        leaders: Int64[Array, " K"],
-        allows: Allows,
-    ) -> tuple[Float32[Array, " K"], Int64[Array, " K"]]:
-        is_single = leaders < 0
-        all_scores = [scores[is_single]]
-        all_positions = [positions[is_single]]
-        # scores descend, so the first of a group is its best: a matrix product may round those of equal rows apart
-        groups, first = np.unique(leaders, return_index=True)
-        for leader, best in zip(groups.tolist(), first.tolist(), strict=True):
-            if leader >= 0:
-                begin, end = np.searchsorted(self._member_leaders, [leader, leader + 1])
-                members = self._members[begin:end]
-                members = members[allows(members)][: len(scores)]
-                all_positions.append(members)
-                all_scores.append(np.full(len(members), scores[best]))
-        completed = np.concatenate(all_scores)
-        places = np.concatenate(all_positions)
-        order = np.lexsort((places, -completed))[: len(scores)]
-        return completed[order], places[order]

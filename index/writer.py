@@ -38,6 +38,7 @@ from vlm.index.catalog_edits import edit_addresses, edit_metadata
 from vlm.index.embeddings_folder import Origin
 from vlm.index.engine_writer import CommitInfo, EngineWriter, InsertBatch
 from vlm.index.index_files import (
+    LINK_QUERIES,
     MAPS,
     SEGMENTS,
     TOMBSTONES,
@@ -190,6 +191,8 @@ def prepare_version(
     # rows keep their numbers, so the map fits every later version; a row that it lacks is placed when it is read
     if current_map := snapshot.details.map:
         files[current_map.file] = snapshot.manifest.files[current_map.file]
+    if LINK_QUERIES in snapshot.manifest.files:
+        files[LINK_QUERIES] = snapshot.manifest.files[LINK_QUERIES]
 
     number = snapshot.number + 1
     # tombstones are rewritten each time: a reader of the old version still has the old file
@@ -570,14 +573,19 @@ class IndexWriter(EngineWriter[IndexSnapshot]):
 
         def write(kind: str, tuning: TuningParams) -> WrittenSegment:
             blocks = chain(*map(iter_live_blocks, snapshot.views))
-            return self._write_segment(blocks, snapshot.rows, kind, tuning)
+            return self._write_segment(blocks, snapshot.rows, kind, tuning, snapshot.link_queries())
 
         if kind:
             return write(resolve_index_type(kind, len(snapshot)), tuning)
         return fall_back_to_flat(write, snapshot.details.kind, len(snapshot), tuning)
 
     def _write_segment(
-        self, blocks: Iterable[Float[Array, "_ D"]], rows: Int64[Array, " N"], kind: str, tuning: TuningParams
+        self,
+        blocks: Iterable[Float[Array, "_ D"]],
+        rows: Int64[Array, " N"],
+        kind: str,
+        tuning: TuningParams,
+        link_queries: Float[Array, "Q D"] | None = None,
     ) -> WrittenSegment:
         details = self.snapshot.details
         return write_segment(
@@ -588,6 +596,7 @@ class IndexWriter(EngineWriter[IndexSnapshot]):
             dimension=details.space.dimension,
             kind=kind,
             tuning=tuning,
+            link_queries=link_queries,
             failpoint=self._failpoint,
         )
 

@@ -91,7 +91,9 @@ def keep_promises(
             yield {"promise": promise, "failed": str(error)}
             continue
         out = folder / f"index-{promise}"
-        build_index(images, out, kind=plan.kind, tuning=plan.tuning, evidence=plan.evidence)
+        build_index(
+            images, out, kind=plan.kind, tuning=plan.tuning, link_queries=plan.link_queries, evidence=plan.evidence
+        )
         setting = retune(out, source, plan)
         index = Index.open(out)
         recalls = per_query_recall(index.nearest(questions, AT)[0], truth, AT)

@@ -6,7 +6,7 @@ import numpy as np
 
 from vlm.errors import UsageError
 from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, EmbeddingsWriter, Modality, Origin, normalize_rows
-from vlm.tensor_types import Array, Float32
+from vlm.tensor_types import Array, Bool, Float32
 
 # spread of images around their cluster, of texts around their image, and the modality gap
 _IMAGE_SPREAD, _TEXT_SPREAD, _GAP = 0.7, 1.5, 0.8
@@ -92,8 +92,13 @@ def read_vectors(folder: Path) -> Float32[Array, "N D"]:
     return np.concatenate(list(embeddings.blocks()))
 
 
-def halves(folder: Path, count: int, *, seed: int) -> tuple[Float32[Array, "Q D"], Float32[Array, "P D"]]:
-    """`count` random rows of an embeddings folder, in two halves that share no sample."""
+def halves(
+    folder: Path, count: int, *, seed: int, language: str | None = None
+) -> tuple[Float32[Array, "Q D"], Float32[Array, "P D"]]:
+    """`count` random rows of an embeddings folder, in two halves that share no sample.
+
+    language: of the captions; None: all.
+    """
     embeddings = Embeddings.open(folder)
     places: dict[tuple[str, int], int] = {}
     samples = np.array(
@@ -101,7 +106,18 @@ def halves(folder: Path, count: int, *, seed: int) -> tuple[Float32[Array, "Q D"
     )
     generator = np.random.default_rng(seed)
     is_second = (generator.permutation(len(places)) % 2 == 1)[samples]
+    is_spoken = _is_spoken(embeddings, language)
     first, second = (
-        np.sort(generator.permutation(np.flatnonzero(chosen))[: count // 2]) for chosen in (~is_second, is_second)
+        np.sort(generator.permutation(np.flatnonzero(chosen & is_spoken))[: count // 2])
+        for chosen in (~is_second, is_second)
     )
     return embeddings.take(first), embeddings.take(second)
+
+
+def read_texts(folder: Path, language: str | None) -> Float32[Array, "N D"]:
+    """The rows of captions in a language; None: all."""
+    return read_vectors(folder)[_is_spoken(Embeddings.open(folder), language)]
+
+
+def _is_spoken(embeddings: Embeddings, language: str | None) -> Bool[Array, " N"]:
+    return np.array([language is None or language in origin.captions for origin in embeddings.origins()])

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from index_measure import PeakMemory, Search, measure, tune_ef
 from measure_server import serve
 
@@ -49,7 +50,14 @@ def _build_chosen(folder: Path, out: Path, request: dict[str, Any]) -> dict[str,
         max_rows=request["plan_rows"],
     )
     planned = time.process_time()
-    built = build_index(folder / "images", out, kind=plan.kind, tuning=plan.tuning, evidence=plan.evidence)
+    built = build_index(
+        folder / "images",
+        out,
+        kind=plan.kind,
+        tuning=plan.tuning,
+        link_queries=plan.link_queries,
+        evidence=plan.evidence,
+    )
     finished = time.process_time()
     retune(out, Embeddings.open(folder / "images"), plan)
     seconds = {"plan_s": planned - began + time.process_time() - finished, "build_s": finished - planned}
@@ -60,7 +68,9 @@ def _build_chosen(folder: Path, out: Path, request: dict[str, Any]) -> dict[str,
 def _build_graph(folder: Path, out: Path, request: dict[str, Any]) -> dict[str, Any]:
     """The index type with the effort that is tuned as that of the graphs of others is."""
     began = time.process_time()
-    built = build_index(folder / "images", out, kind=request["kind"])
+    linking = folder / "linking.npy"
+    link_queries = np.load(linking) if linking.is_file() else None
+    built = build_index(folder / "images", out, kind=request["kind"], link_queries=link_queries)
     finished = time.process_time()
 
     def set_search(ef: int) -> Search:
@@ -73,7 +83,8 @@ def _build_graph(folder: Path, out: Path, request: dict[str, Any]) -> dict[str, 
 
     set_search(tune_ef(set_search, folder, request["recall"]))
     seconds = {"plan_s": time.process_time() - finished, "build_s": finished - began}
-    return seconds | {"what": built.kind, "kind": built.kind}
+    links = "" if link_queries is None else f" linked by {len(link_queries):,} texts"
+    return seconds | {"what": f"{built.kind}{links}", "kind": built.kind}
 
 
 if __name__ == "__main__":

@@ -146,11 +146,12 @@ def _label(axes: Any, plan: Plan) -> None:
 
 def _heading(plan: Plan) -> str:
     evaluated = ", ".join(f"{count:,} {direction}" for direction, count in plan.judged_by.items())
+    linked = f"; {plan.linked_with:,} more link the graph" if plan.linked_with else ""
     is_extrapolated = any(trial.latency != trial.measured for trial in plan.trials)
     return (
         f"{plan.promise.describe()}, for {plan.num_rows:,} rows: tried on {plan.sample_rows:,}"
         f"{', extrapolated to all rows' if is_extrapolated else ''}; tuned with {plan.tuned_with:,} queries, "
-        f"evaluated on others: {evaluated}"
+        f"evaluated on others: {evaluated}{linked}"
     )
 
 

@@ -79,6 +79,7 @@ class Plan:
     left_out: configurations that were not tried, and why. unturned: reversed directions that were not, and why.
     machine: when one no longer is enough, and what a cluster would need.
     questions: queries of the target's direction it was evaluated on. tuning_questions: those it was tuned with.
+    link_queries: others, whose answers a graph is to link. linked_with: their number; 0 where no graph was taken.
     """
 
     kind: str
@@ -95,15 +96,18 @@ class Plan:
     left_out: dict[str, str]
     unturned: dict[str, str]
     machine: MachineLimits
+    linked_with: int
     questions: Float32[Array, "Q D"] = field(repr=False, compare=False)
     tuning_questions: Float32[Array, "P D"] = field(repr=False, compare=False)
+    link_queries: Float32[Array, "L D"] = field(repr=False, compare=False)
 
     @property
     def evidence(self) -> dict[str, Any]:
         """All of it but the queries, in the plain values that JSON has, for the manifest."""
         # through JSON, which turns tuples into lists and number keys into texts: as a manifest read back has them
-        values = asdict(self)
-        del values["questions"], values["tuning_questions"]
+        nothing = self.questions[:0]
+        values = asdict(replace(self, questions=nothing, tuning_questions=nothing, link_queries=nothing))
+        del values["questions"], values["tuning_questions"], values["link_queries"]
         return json.loads(json.dumps(values))
 
     @property
@@ -181,8 +185,10 @@ def autotune(
         left_out=autotuner.left_out,
         unturned=sample.unturned,
         machine=_limits_here(best, source, sample),
+        linked_with=len(sample.link_queries) if INDEX_TYPES[best.kind].is_graph else 0,
         questions=sample.eval_queries[sample.target_direction],
         tuning_questions=sample.tuning_queries,
+        link_queries=sample.link_queries,
     )
 
 
@@ -221,6 +227,7 @@ class _Autotuner:
         self._num_rows = num_rows
         self._seed = seed
         self._rows = sample.rows
+        self._link_queries = sample.link_queries
         # ground truth is computed once, as deep as any recall that is reported
         self._top = max(*SHOWN, target.at)
         self._eval_queries: list[QuerySet] = []
@@ -251,7 +258,7 @@ class _Autotuner:
             if limit is not None and needed > limit:
                 self.left_out[name] = f"needs {format_bytes(needed)}"
                 return
-            built = TrialIndex(candidate, self._rows, seed=self._seed)
+            built = self._build(candidate, self._rows)
         # too few rows for its lists, say: a reason to leave it out, not to give up
         except UsageError as error:
             self.left_out[name] = str(error).rstrip(".")
@@ -323,6 +330,14 @@ class _Autotuner:
         )
         return replace(trial, misses=unmet_targets(trial, target)), probe
 
+    def _build(self, candidate: CandidateConfig, rows: SampledRows) -> TrialIndex:
+        link_queries = self._link_queries[: self._num_link_queries(rows)]
+        return TrialIndex(candidate, rows, seed=self._seed, link_queries=link_queries)
+
+    def _num_link_queries(self, rows: SampledRows) -> int:
+        # as many for each row as the index of all rows will have
+        return round(len(self._link_queries) * len(rows) / self._num_rows)
+
     def _tuned_index(self, built: TrialIndex, search_params: SearchParams) -> TunedIndex:
         rows = len(built.rows)
         parameters = built.parameters | tuning_values(built.candidate, rows, search_params, seed=self._seed)
@@ -332,7 +347,17 @@ class _Autotuner:
     def _measure_reversed(self, candidate: CandidateConfig, search_params: SearchParams) -> dict[str, ReversedResult]:
         results = {}
         for direction, (rows, queries) in self._reversed_sets.items():
-            result = measure_reversed(candidate, search_params, rows, queries, self._target.at, seed=self._seed)
+            # linked as this direction is, so that the same effort fits
+            num_queries = self._num_link_queries(rows)
+            result = measure_reversed(
+                candidate,
+                search_params,
+                rows,
+                queries,
+                self._target.at,
+                seed=self._seed,
+                link_queries=self._rows.vectors[:num_queries],
+            )
             if result is not None:
                 results[direction] = result
         return results
@@ -356,7 +381,7 @@ class _Autotuner:
             self._tuning_queries.direction, self._tuning_queries.vectors, rows, self._top
         )
         try:
-            built = TrialIndex(candidate, rows, seed=self._seed)
+            built = self._build(candidate, rows)
             search_params = built.tune(queries, self._target)
         except UsageError:
             return None

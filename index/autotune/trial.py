@@ -27,6 +27,7 @@ from vlm.index.ann.faiss_search import (
     rerank,
     search_parameters,
 )
+from vlm.index.ann.graph_links import link_answers
 from vlm.index.ann.index_types import INDEX_TYPES, MAX_EF, MIN_LISTS, MIN_ROWS_PER_LIST, TuningParams, fill_index
 from vlm.index.autotune.query_sampling import SHOWN, QuerySet, SampledRows, lower_bound, mean_recalls, per_query_recall
 from vlm.index.autotune.search_params import SearchParams, candidate_params, minimize_params
@@ -237,9 +238,19 @@ _CURVE_FACTORS = (0.125, 0.25, 0.5, 1, 2, 4)
 
 
 class TrialIndex:
-    """A candidate configuration filled with the sampled rows in memory, searched with any parameters."""
+    """A candidate configuration filled with the sampled rows in memory, searched with any parameters.
 
-    def __init__(self, candidate: CandidateConfig, rows: SampledRows, *, seed: int) -> None:
+    link_queries: whose answers a graph links (`graph_links.link_answers`).
+    """
+
+    def __init__(
+        self,
+        candidate: CandidateConfig,
+        rows: SampledRows,
+        *,
+        seed: int,
+        link_queries: Float32[Array, "L D"] | None = None,
+    ) -> None:
         started = time.perf_counter()
         self.kind = INDEX_TYPES[candidate.kind]
         self.candidate = candidate
@@ -251,6 +262,8 @@ class TrialIndex:
         # on the CPU even where there is a GPU: latencies are to be those of searches, which run there
         for _ in fill_index(self.index, lambda: [rows.vectors], len(rows), None):
             pass
+        if link_queries is not None and self.kind.is_graph:
+            link_answers(self.index, link_queries)
         self.search = make_search_function(self.index)
         self.build_seconds = time.perf_counter() - started
         self.parameters = prepared.parameters
@@ -401,10 +414,11 @@ def measure_reversed(
     at: int,
     *,
     seed: int,
+    link_queries: Float32[Array, "L D"],
 ) -> ReversedResult | None:
     """Build and measure a configuration on rows of the queries' modality; None if it needs more rows."""
     try:
-        built = TrialIndex(candidate, rows, seed=seed)
+        built = TrialIndex(candidate, rows, seed=seed, link_queries=link_queries)
     except UsageError:
         return None
     # the reversed index is smaller, and so may have fewer lists

@@ -249,7 +249,16 @@ def _build_faiss(folder: Path, export_rows: _RowsToExport) -> str:
 
     def write(kind: str, tuning: TuningParams) -> str:
         blocks = (stored for _, stored in iter_stored_rows(export_rows.views))
-        written = write_segment(folder, 0, blocks, rows, dimension=export_rows.dimension, kind=kind, tuning=tuning)
+        written = write_segment(
+            folder,
+            0,
+            blocks,
+            rows,
+            dimension=export_rows.dimension,
+            kind=kind,
+            tuning=tuning,
+            link_queries=export_rows.snapshot.link_queries(),
+        )
         # of the segment's three files other tools read only this one
         (folder / written.segment.index_file).replace(folder / FAISS_FILE)
         shutil.rmtree(folder / SEGMENTS)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from tests.index.index_fixture import insert_batch, origins, vectors
 from vlm.index.ann.index_types import INDEX_TYPES
+from vlm.index.duplicate_rows import DuplicateRows, find_duplicate_rows
 from vlm.index.embeddings_folder import normalize_rows
 from vlm.index.reader import Index
-from vlm.index.segments import DuplicateRows, find_duplicate_rows
 from vlm.index.writer import IndexWriter
 
 KINDS = list(INDEX_TYPES)

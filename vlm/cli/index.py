@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 
 _TEXTS_HELP = (
     "Text embeddings by the same model (vlm embed --modality text), as queries for autotuning. If omitted, held-out "
-    "rows serve as queries. With 1,000 or more, the reverse direction (image→text) is evaluated too."
+    "rows serve as queries. With 1,000 or more, the reverse direction (image→text) is evaluated too. "
+    "The graph of hnsw links the answers of those that recall is not measured with: searches by text are faster."
 )
 _PREFER_HELP = (
     "Target: which index is taken of those that meet the others. speed: the fastest, mostly a graph of whole rows "
