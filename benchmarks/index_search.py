@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Our index compared with bare FAISS, autofaiss and HNSW graphs of others, one thread each.
 
-    benchmarks/run index_search [--rows 200000 --dimension 192] [--json]
+    benchmarks/run index_search [--rows 200000 --dimension 192] [--link-drawn 50000] [--json]
     benchmarks/run index_search --images EMBEDDINGS --texts EMBEDDINGS
     benchmarks/run index_search --rows 1000000 --patches-of MODEL --shards SHARDS --texts EMBEDDINGS
                                 [--link-texts EMBEDDINGS]
@@ -68,6 +68,9 @@ class Arguments:
 
     link_texts: Path | None = None
     """Embeddings folder of other texts, whose answers our `hnsw` links; the graphs of others cannot."""
+
+    link_drawn: int = 0
+    """Number of texts that are drawn beside synthetic vectors for the same purpose."""
 
     language: str | None = None
     """Only texts of captions in this language, as the shards name it; "" for captions without one. None: all."""
@@ -136,7 +139,7 @@ def run(arguments: Arguments) -> None:
 
 def _made_from(arguments: Arguments) -> dict[str, str]:
     names = ("rows", "dimension", "questions", "seed", "decay", "images", "texts", "patches_of", "shards")
-    names += ("link_texts", "language")
+    names += ("link_texts", "link_drawn", "language")
     return {name: str(getattr(arguments, name)) for name in names}
 
 
@@ -148,10 +151,10 @@ def _kept_shape(arguments: Arguments, folder: Path) -> tuple[int, ...] | None:
     """
     if not (folder / _MADE_FROM).is_file():
         return None
-    kept = json.loads((folder / _MADE_FROM).read_text(encoding="utf-8"))
+    # a folder of an earlier version lacks the options that came later
+    kept = _made_from(Arguments()) | json.loads((folder / _MADE_FROM).read_text(encoding="utf-8"))
     for name, value in _made_from(arguments).items():
-        # a folder of an earlier version lacks the options that came later
-        if (before := kept.get(name, "")) != value:
+        if (before := kept[name]) != value:
             option = name.replace("_", "-")
             raise UsageError(
                 f"--keep {folder} holds vectors of --{option} {before or 'unset'}, not {value or 'unset'}; give that, "
@@ -165,14 +168,24 @@ def _write(arguments: Arguments, folder: Path) -> tuple[int, int]:
     given = {name for name in ("images", "patches_of", "shards", "texts") if getattr(arguments, name)}
     if given not in (set(), {"images", "texts"}, {"patches_of", "shards", "texts"}):
         raise UsageError("Give --images and --texts, or --patches-of, --shards and --texts, or none of them.")
+    linking = None
     if arguments.texts:
         rows = _embedded_rows(arguments)
         planned, asked = halves(arguments.texts, arguments.questions, seed=arguments.seed, language=arguments.language)
+        if arguments.link_texts:
+            linking = read_texts(arguments.link_texts, arguments.language)
     else:
+        count = arguments.questions
         rows, texts = draw_vectors(
-            arguments.rows, arguments.questions, arguments.dimension, seed=arguments.seed, decay=arguments.decay
+            arguments.rows,
+            count + arguments.link_drawn,
+            arguments.dimension,
+            seed=arguments.seed,
+            decay=arguments.decay,
         )
-        planned, asked = texts[::2], texts[1::2]
+        planned, asked = texts[:count:2], texts[1:count:2]
+        if arguments.link_drawn:
+            linking = texts[count:]
     say(f"Writing {len(rows):,} × {rows.shape[1]} and the ground truth of {len(asked):,} queries …")
     write_vectors(folder / "images", rows, modality="image")
     write_vectors(folder / "texts", planned, modality="text")
@@ -183,8 +196,8 @@ def _write(arguments: Arguments, folder: Path) -> tuple[int, int]:
     np.save(folder / "truth.npy", exact_scores([rows], asked, 100))
     np.save(folder / "planned.npy", planned)
     np.save(folder / "planned_truth.npy", exact_scores([rows], planned, 100))
-    if arguments.link_texts:
-        np.save(folder / "linking.npy", read_texts(arguments.link_texts, arguments.language))
+    if linking is not None:
+        np.save(folder / "linking.npy", linking)
     # last: without it, what lies there was not finished
     write_text(folder / _MADE_FROM, json.dumps(_made_from(arguments)))
     return len(rows), rows.shape[1]

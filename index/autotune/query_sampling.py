@@ -79,7 +79,7 @@ MIN_REVERSED_ROWS = 1000
 _MAX_REVERSED_ROWS = 20_000
 
 # a query for every fourth row links their answers in a third of the time that a small graph takes to build
-LINK_QUERIES_PER_ROW = 0.25
+_LINK_QUERIES_PER_ROW = 0.25
 _MAX_LINK_QUERIES = 100_000
 
 
@@ -194,7 +194,7 @@ def sample_queries(
 
     eval_queries: dict[str, Float32[Array, "P D"]] = {}
     splits: list[_QuerySplit] = []
-    max_links = min(_MAX_LINK_QUERIES, int(LINK_QUERIES_PER_ROW * len(source)))
+    max_links = min(_MAX_LINK_QUERIES, int(_LINK_QUERIES_PER_ROW * len(source)))
     for other in others:
         _check_space(source, other)
         split = _split_queries(other, max_queries, generator, max_links=0 if splits else max_links)
