@@ -97,6 +97,21 @@ def test_a_start_that_failed_is_made_up_for_by_the_next_search(open_two):
     assert page.locator("#error").is_hidden()
 
 
+def test_what_is_asked_before_the_indexes_are_known_waits_for_them(open_two, paint):
+    page, held = open_two(), []
+    page.route("**/indexes", lambda route: held.append(route))
+    page.goto(f"{page.url}?q=red&index=long")
+    page.click("#tab-classify")
+    page.evaluate("document.querySelector('#classes').value = 'red\\nblue'")
+    page.set_input_files("#classify-file", {"name": "a.png", "mimeType": "image/png", "buffer": paint("blue")})
+    page.evaluate("document.querySelector('#classify').requestSubmit()")
+    held[0].continue_()
+    page.wait_for_selector("#classified li")
+    assert page.locator("#classify-error").is_hidden()
+    assert "q=red" in page.url
+    assert "view=classify" in page.url
+
+
 def test_going_back_to_another_index_brings_its_columns(open_two):
     page = open_two("?q=red")
     until(page, num_tiles(11))

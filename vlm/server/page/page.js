@@ -590,6 +590,7 @@ async function classify(event) {
   problem.hidden = true;
   const classes = byId("classes").value.split("\n").map((line) => line.trim()).filter(Boolean);
   const files = [...byId("classify-file").files];
+  if (!(await ready())) return;
   try {
     if (classes.length < 2) throw new Error("Name two classes or more, one a line.");
     if (!files.length) throw new Error("Choose one image or more.");
@@ -623,7 +624,8 @@ function showView() {
   if (state.view === "map") showMap().catch(showMapError);
 }
 
-function goTo(name) {
+async function goTo(name) {
+  if (!(await ready())) return;
   state.view = name;
   showView();
   writeAddress();
@@ -717,10 +719,10 @@ function listen() {
     showSelection();
     for (const box of document.querySelectorAll(".check-mark input:checked")) box.click();
   });
-  document.addEventListener("keydown", (event) => {
+  document.addEventListener("keydown", async (event) => {
     if (event.key === "/" && !/^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement.tagName)) {
       event.preventDefault();
-      if (state.view === "classify") goTo("search");
+      if (state.view === "classify") await goTo("search");
       byId("query").focus();
     }
     if (event.key.startsWith("Arrow")) moveAmongResults(event);
@@ -765,7 +767,7 @@ async function start() {
   }
 }
 
-// what is asked before the indexes are known waits: reading the address would overwrite it
+// what is asked before the indexes are known waits: reading the address would overwrite it, or find it overwritten
 async function ready() {
   await started;
   if (!hasStarted) await (started = start());
