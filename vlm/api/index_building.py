@@ -65,7 +65,7 @@ def build_index(
             milliseconds of one query on one thread (p95); most memory, as "4GB".
         prefer: which index is taken of those that meet the targets: speed, the fastest, mostly a graph of whole rows
             where they fit `memory`; memory, the smallest; balanced, the smallest of those within 10% of the fastest.
-        texts, images: embeddings to query with while tuning.
+        texts, images: embeddings to query with while tuning; the graph of hnsw links the answers of the others.
         on_plan: called with the plan before a tuned index is built.
         tuning: parameters of the index type: nlist, nprobe, hnsw_m, ef_construction, ef_search, refine_factor.
 
